@@ -1,0 +1,28 @@
+"""Data-independent module-aware pruning (DIMAP) for hierarchical vision transformers.
+
+A plug-in to :mod:`torch.nn.utils.prune`: group a model's weights with
+:func:`group_parameters`, prune them with :func:`global_module_aware_unstructured`,
+look at the result with :func:`summarize`, and make it permanent with
+:func:`remove_all`.
+"""
+
+from torch_dimap.grouping import group_parameters
+from torch_dimap.importance import dimap_scores
+from torch_dimap.pruning import (
+    DimapUnstructured,
+    dimap_unstructured,
+    global_module_aware_unstructured,
+    remove_all,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DimapUnstructured",
+    "__version__",
+    "dimap_scores",
+    "dimap_unstructured",
+    "global_module_aware_unstructured",
+    "group_parameters",
+    "remove_all",
+]

@@ -1,0 +1,305 @@
+"""DIMAP as a method of ``torch.nn.utils.prune``, and module-aware pruning with any method."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from torch_dimap.amounts import amounts_by_group, check_amount, count_to_prune
+from torch_dimap.grouping import Pair
+from torch_dimap.importance import check_finite
+from torch_dimap.selection import select
+from torch_dimap.targets import CALL, Target, inspect, pruning_methods
+
+
+class DimapUnstructured(prune.BasePruningMethod):
+    """Prune the (currently unpruned) entries with the lowest DIMAP scores.
+
+    In :func:`global_module_aware_unstructured` and :func:`dimap_unstructured` the
+    layers are known and this class needs nothing but the amount. In torch's own
+    ``prune.global_unstructured`` all layers arrive as one flat tensor; ``sizes`` then
+    tells where one ends and the next begins, since every layer has its own energy.
+
+    Args:
+        amount: int, a number of entries, or float, the fraction of them in [0, 1].
+        sizes: the number of entries of each layer, in order, that the tensor
+            concatenates: ``numel()`` each, or on a repeated call, where torch passes
+            unpruned entries only, ``int(weight_mask.sum())`` each. None: one layer.
+
+    Raises:
+        TypeError: if ``amount`` is neither int nor float.
+        ValueError: if it is negative, NaN or a fraction above 1; later, if ``sizes``
+            does not add up to the tensor.
+    """
+
+    PRUNING_TYPE = "unstructured"
+
+    def __init__(self, amount: float, sizes: Iterable[int] | None = None) -> None:
+        check_amount(amount, "DimapUnstructured(): amount")
+        self.amount = amount
+        self.sizes = None if sizes is None else [int(size) for size in sizes]
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        """Return ``default_mask`` with the lowest-scoring of its entries set to zero.
+
+        Args:
+            t: what to rank by, finite; the weights or scores in their place.
+            default_mask: tensor of the shape of ``t``, 1 where an entry may go.
+        """
+        check_finite(t, "DimapUnstructured.compute_mask(): t")
+        sizes = [t.numel()] if self.sizes is None else self.sizes
+        if sum(sizes) != t.numel() or min(sizes, default=0) < 0:
+            raise ValueError(
+                f"DimapUnstructured(): sizes must add up to the {t.numel()} entries to rank, "
+                f"found a sum of {sum(sizes)}: on a repeated call only unpruned entries count."
+            )
+        chooseable = default_mask.reshape(-1) != 0
+        count = count_to_prune(
+            self.amount, int(chooseable.count_nonzero()), "DimapUnstructured(): amount"
+        )
+        keep, _ = select(t.reshape(-1).split(sizes), count, chooseable.split(sizes))
+        return torch.cat(keep).view(t.shape).to(default_mask.dtype)
+
+
+def dimap_unstructured(
+    module: nn.Module, name: str, amount: float, importance_scores: Tensor | None = None
+) -> nn.Module:
+    """Prune the entries of one tensor with the lowest DIMAP scores.
+
+    Inside one layer these are the entries of lowest magnitude: apart from the choice
+    among equal magnitudes it is ``prune.l1_unstructured``. The module is changed in
+    place as described there: parameter ``<name>_orig``, buffer ``<name>_mask`` (boolean
+    here), attribute ``<name>``, and a forward pre-hook that keeps the latter up to date.
+
+    Args:
+        module: the module that holds the tensor.
+        name: the parameter's name in it.
+        amount: float, the fraction of the unpruned entries; int, their number.
+        importance_scores: tensor of the parameter's shape to rank by in its place;
+            its magnitude counts, and larger means keep.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see :func:`global_module_aware_unstructured`.
+
+    Example:
+        >>> layer = dimap_unstructured(nn.Linear(10, 10), "weight", amount=0.3)
+        >>> int(layer.weight_mask.sum())
+        70
+    """
+    scores = None if importance_scores is None else {(module, name): importance_scores}
+    global_module_aware_unstructured([(module, name)], importance_scores=scores, amount=amount)
+    return module
+
+
+def global_module_aware_unstructured(
+    parameters: Mapping[str, Iterable[Pair]] | Iterable[Pair],
+    pruning_method: Callable[..., prune.BasePruningMethod] = DimapUnstructured,
+    importance_scores: Mapping[Pair, Tensor] | None = None,
+    **kwargs: Any,
+) -> dict[str, float]:
+    """Prune groups of tensors in place, ranking each group for itself.
+
+    Takes the place of ``prune.global_unstructured`` and leaves the same things behind
+    on every module: parameter ``<name>_orig``, buffer ``<name>_mask``, attribute
+    ``<name>``, and a forward pre-hook; a ``PruningContainer`` where the tensor was
+    pruned before. ``prune.remove`` or :func:`remove_all` makes it permanent. Masks are
+    boolean: a quarter of the memory of float32, exact under EMA and ``half()``.
+
+    Whatever fails, the model is left as it was.
+
+    Args:
+        parameters: group -> ``(module, name)`` pairs, as :func:`group_parameters`
+            returns them; or pairs alone, which form one group.
+        pruning_method: :class:`DimapUnstructured`, or any other class of
+            ``PRUNING_TYPE`` ``"unstructured"``, which then gets each group's
+            unpruned values in one flat tensor.
+        importance_scores: ``(module, name)`` -> tensor of the parameter's shape that
+            stands in for the weights, for all pairs or none. As in torch their
+            magnitude counts, and larger means keep.
+        kwargs: passed to ``pruning_method``. Among them ``amount``, of the weights
+            still unpruned: float, the fraction of every group; int, the total over
+            all groups, shared out in proportion to their unpruned sizes; dict, group
+            -> float or int. Exactly ``round(amount * unpruned)`` of a group go.
+
+    Returns:
+        Group -> threshold, the highest score that went; 0.0 if nothing did. For
+        DIMAP this is the number that the paper prints; for other methods it is the
+        largest magnitude that went. A flat iterable's key is ``"all"``.
+
+    Raises:
+        TypeError: for arguments of a wrong type, a structured ``pruning_method``, or a
+            tensor of a dtype that cannot be ranked.
+        ValueError: for an amount out of range, unknown groups, groups without
+            weights, a tensor given twice (also under two names), names that are no
+            parameters, weights or scores on the meta device or with NaN or infinity,
+            scores of another shape, missing, or for pairs that are not listed.
+        RuntimeError: if an earlier pruning of a tensor is incomplete.
+
+    Source: He and Zhou, ICLR 2024, Sec. 4.1.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 10))
+        >>> groups = {"first": [(net[0], "weight")], "second": [(net[1], "weight")]}
+        >>> thresholds = global_module_aware_unstructured(groups, amount=0.5)
+        >>> sorted(thresholds), int(net[0].weight_mask.sum()), int(net[1].weight_mask.sum())
+        (['first', 'second'], 100, 50)
+    """
+    groups = inspect(parameters, importance_scores)
+    unpruned = {group: sum(t.unpruned for t in targets) for group, targets in groups.items()}
+    settings = _settings_by_group(pruning_method, kwargs, unpruned)
+    masks: dict[str, list[Tensor]] = {}
+    thresholds: dict[str, float] = {}
+    for group, targets in groups.items():
+        method = pruning_method(**settings[group])
+        if isinstance(method, DimapUnstructured):
+            count = count_to_prune(method.amount, unpruned[group], f"{CALL}: amount")
+            chosen = select([t.values for t in targets], count, [t.mask for t in targets])
+        else:
+            chosen = _choose_flat(method, targets)
+        masks[group], thresholds[group] = chosen
+    with _all_or_nothing([target for targets in groups.values() for target in targets]):
+        for group, targets in groups.items():
+            for target, mask in zip(targets, masks[group]):
+                _attach(target, pruning_method(**settings[group]), mask)
+    _warn_of_empty(groups, masks)
+    return thresholds
+
+
+def remove_all(model: nn.Module) -> nn.Module:
+    """Make all pruning in a model permanent: ``prune.remove`` on every pruned tensor.
+
+    The zeros are then ordinary weights, and a further optimizer step may fill them.
+
+    Args:
+        model: any module; one without pruned tensors is left alone.
+
+    Returns:
+        ``model``.
+    """
+    for module in model.modules():
+        for method in pruning_methods(module):
+            with torch.no_grad():
+                prune.remove(module, method._tensor_name)
+    return model
+
+
+def _settings_by_group(
+    pruning_method: Callable[..., prune.BasePruningMethod],
+    kwargs: dict[str, Any],
+    unpruned: dict[str, int],
+) -> dict[str, dict[str, Any]]:
+    """Return group -> arguments of its pruning method, once all are known to serve."""
+    if not callable(pruning_method):
+        raise TypeError(
+            f"{CALL}: pruning_method must be a pruning class, such as DimapUnstructured, "
+            f"found {type(pruning_method).__name__}."
+        )
+    if "sizes" in kwargs:
+        raise TypeError(
+            f"{CALL}: sizes follow from parameters here; they are for prune.global_unstructured."
+        )
+    settings = {group: dict(kwargs) for group in unpruned}
+    if "amount" in kwargs:
+        amounts = amounts_by_group(kwargs["amount"], unpruned, f"{CALL}: amount")
+        settings = {group: {**kwargs, "amount": amounts[group]} for group in unpruned}
+    for group in settings:
+        kind = getattr(pruning_method(**settings[group]), "PRUNING_TYPE", None)
+        if kind != "unstructured":
+            raise TypeError(
+                f"{CALL}: pruning_method must have the PRUNING_TYPE 'unstructured', found "
+                f"{kind!r}: rankings of single weights cannot remove whole channels."
+            )
+    return settings
+
+
+def _choose_flat(
+    method: prune.BasePruningMethod, targets: list[Target]
+) -> tuple[list[Tensor], float]:
+    """Let any of torch's methods choose among the unpruned values of a group."""
+    device = targets[0].values.device
+    allowed = [
+        torch.ones_like(t.orig, dtype=torch.bool) if t.mask is None else t.mask != 0
+        for t in targets
+    ]
+    flat = torch.cat([t.values[keep].to(device) for t, keep in zip(targets, allowed)])
+    kept = method.compute_mask(flat, default_mask=torch.ones_like(flat)) != 0
+    for keep, part in zip(allowed, kept.split([int(keep.count_nonzero()) for keep in allowed])):
+        keep[keep.clone()] = part.to(keep.device)
+    pruned = flat[~kept].abs()
+    return allowed, float(pruned.max()) if pruned.numel() else 0.0
+
+
+def _attach(target: Target, method: prune.BasePruningMethod, mask: Tensor) -> None:
+    """Do to one module what torch's ``BasePruningMethod.apply`` does once it has a mask."""
+    module, name, orig = target.module, target.name, target.orig
+    method._tensor_name = name
+    if target.method is None:
+        module.register_parameter(f"{name}_orig", orig)
+        del module._parameters[name]
+    else:
+        hooks = module._forward_pre_hooks
+        hooks.pop(next(key for key, hook in hooks.items() if hook is target.method))
+        method = _container(target.method, method)
+    if not orig.is_contiguous():  # a mask of another layout would slow every forward
+        mask = torch.empty_like(orig, dtype=torch.bool).copy_(mask)
+    module.register_buffer(f"{name}_mask", mask)
+    # Without a graph the module can be copied, for an EMA, right away.
+    with torch.no_grad():
+        setattr(module, name, method.apply_mask(module))
+    module.register_forward_pre_hook(method)
+
+
+def _container(
+    old: prune.BasePruningMethod, new: prune.BasePruningMethod
+) -> prune.PruningContainer:
+    """Join a tensor's earlier methods and a new one, leaving the earlier as they are."""
+    earlier = list(old) if isinstance(old, prune.PruningContainer) else [old]
+    container = prune.PruningContainer(earlier[0])
+    for method in [*earlier[1:], new]:
+        container.add_pruning_method(method)
+    return container
+
+
+@contextmanager
+def _all_or_nothing(targets: list[Target]) -> Iterator[None]:
+    """Put all modules back as they were if the block fails."""
+    before: list[tuple[MutableMapping, dict]] = [
+        (table, dict(table))
+        for module in {target.module: None for target in targets}
+        for table in (module._parameters, module._buffers, module._forward_pre_hooks)
+    ]
+    weights = [(t, vars(t.module)[t.name]) for t in targets if t.name in vars(t.module)]
+    try:
+        yield
+    except BaseException:
+        for target in targets:
+            vars(target.module).pop(target.name, None)
+        for target, weight in weights:
+            vars(target.module)[target.name] = weight
+        for table, entries in before:  # in place: hook handles refer to these very dicts
+            table.clear()
+            table.update(entries)
+        raise
+
+
+def _warn_of_empty(groups: dict[str, list[Target]], masks: dict[str, list[Tensor]]) -> None:
+    empty = [
+        target.label
+        for group, targets in groups.items()
+        for target, mask in zip(targets, masks[group])
+        if mask.numel() and not mask.any()
+    ]
+    if empty:
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        warnings.warn(
+            f"{CALL}: no weight is left in {', '.join(empty[:3])}{more}.", stacklevel=3
+        )

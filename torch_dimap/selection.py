@@ -1,0 +1,345 @@
+"""Which entries of a group of layers go, for an exact count, without scoring them all.
+
+Inside a layer the score of :func:`torch_dimap.dimap_scores` falls with the
+magnitude, so all there is to find is one magnitude cut per layer. Each layer is read
+a few times, in blocks that stay in cache:
+
+1. its energy (sum of squares) and its number of non-zero entries;
+2. a sample of it, from which all layers together estimate the group's threshold, and
+   each layer a bracket around its own cut;
+3. the energy above the bracket, and the few entries inside it, the *candidates*;
+4. the mask, written once.
+
+The candidates of all layers are scored and the lowest of them chosen. A sample can
+mislead: every layer must end with its cut strictly inside its bracket, or the bracket
+is widened and the step repeated. Scores that float64 cannot tell apart are compared
+in exact integer arithmetic. The result is therefore that of exact arithmetic, whatever
+the block size, the number of threads or the device.
+
+Order of removal: lower scores first; among equal scores the later layer first; among
+equal magnitudes of one layer the later entry, in row-major order, first.
+
+Scratch: a block, the samples and the candidates (on usual weights about 3 % of the
+entries, 20 bytes each; more where many entries tie at the cut).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_dimap.importance import unit_scale
+
+CPU_BLOCK = 1 << 17  # entries: magnitude, float64 copy and flags stay in cache
+DEVICE_BLOCK = 1 << 20  # enough to fill a GPU; larger blocks only widen the error bound
+SAMPLE = 1 << 14  # entries of a layer from which its bracket is guessed
+MARGIN = 4.0  # reach of a bracket, in standard deviations of a sampled rank
+
+
+class _Layer(NamedTuple):
+    """One layer, flat, and what a first reading tells about it."""
+
+    weight: Tensor
+    chooseable: Tensor | None  # None means all
+    zeros: int  # among the chooseable, as nonzeros
+    nonzeros: int
+    scale: Tensor  # power of two that brings the largest magnitude to about 1
+    energy: float  # sum of squares of weight * scale
+
+
+class _Sample(NamedTuple):
+    """Evenly spread non-zero entries of one layer, ascending."""
+
+    magnitude: np.ndarray
+    score: np.ndarray  # what Eq. 10 is expected to give them in the whole layer
+    entries: float  # how many entries of the layer each one stands for
+
+
+class _Candidates(NamedTuple):
+    """The entries inside a layer's bracket, and how many lie on either side of it."""
+
+    magnitude: Tensor  # descending
+    score: Tensor  # float64, each within the relative error of _score_error
+    below: int  # non-zero ones only
+    above: int
+
+
+class _Cut(NamedTuple):
+    """What stays of a layer: all above ``magnitude``, and the first ``ties`` equal to it."""
+
+    magnitude: float
+    ties: int
+
+
+def select(
+    weights: Sequence[Tensor], count: int, masks: Sequence[Tensor | None] | None = None
+) -> tuple[list[Tensor], float]:
+    """Choose the ``count`` entries with the lowest DIMAP scores among several layers.
+
+    Args:
+        weights: the layers of one group, finite floating-point tensors of any shapes;
+            their dtypes and devices may differ. They are only read.
+        count: how many entries to prune.
+        masks: for each layer None, or a tensor of its shape that is non-zero where
+            the entry may be chosen. All other entries count as zero.
+
+    Returns:
+        A boolean mask for each layer, contiguous and on its device, True for what
+        stays; and the threshold, the highest score that goes (0.0 if nothing does).
+
+    Raises:
+        ValueError: if ``count`` is negative or above the number of entries to choose
+            from.
+    """
+    layers = [_read(w, m) for w, m in zip(weights, masks or [None] * len(weights))]
+    zeros, nonzeros = (sum(counts) for counts in zip(*((x.zeros, x.nonzeros) for x in layers)))
+    if not 0 <= count <= zeros + nonzeros:
+        raise ValueError(
+            f"select(): count must lie between 0 and the {zeros + nonzeros} entries "
+            f"to choose from, found {count}."
+        )
+    if count <= zeros:
+        cuts, threshold = _cut_zeros(layers, count), 0.0
+    elif count == zeros + nonzeros:
+        cuts, threshold = [_Cut(math.inf, 0)] * len(layers), 1.0
+    else:
+        cuts, threshold = _cut_nonzeros(layers, count - zeros)
+    return [_mask(x, cut).view(w.shape) for x, cut, w in zip(layers, cuts, weights)], threshold
+
+
+def _block_size(tensor: Tensor) -> int:
+    return CPU_BLOCK if tensor.device.type == "cpu" else DEVICE_BLOCK
+
+
+def _magnitudes(weight: Tensor, chooseable: Tensor | None) -> Iterator[Tensor]:
+    """Yield a flat layer's magnitudes block by block, -1 where nothing may be chosen."""
+    blocks = weight.split(_block_size(weight))
+    if chooseable is None:
+        yield from (block.abs() for block in blocks)
+    else:
+        for block, allowed in zip(blocks, chooseable.split(_block_size(weight))):
+            yield torch.where(allowed, block.abs(), -1.0)
+
+
+def _energy(magnitude: Tensor, above: float, scale: Tensor) -> Tensor:
+    """Sum the scaled squares of one block's magnitudes greater than ``above``, in float64."""
+    scaled = F.threshold(magnitude, above, 0.0).to(torch.float64).mul_(scale)
+    return torch.dot(scaled, scaled)
+
+
+def _fsum(blocks: list[Tensor]) -> float:
+    """Add up one scalar per block: fetched together, rounded once."""
+    return math.fsum(torch.stack(blocks).tolist())
+
+
+def _read(weight: Tensor, mask: Tensor | None) -> _Layer:
+    flat = weight.detach().reshape(-1)
+    chooseable = None if mask is None else mask.detach().reshape(-1) != 0
+    entries = flat.numel() if chooseable is None else int(torch.count_nonzero(chooseable))
+    if flat.numel() == 0:
+        return _Layer(flat, chooseable, 0, 0, torch.ones(()), 0.0)
+    scale = unit_scale(torch.stack(torch.aminmax(flat)).abs().max())
+    nonzeros, energies = [], []
+    for magnitude in _magnitudes(flat, chooseable):
+        nonzeros.append(torch.count_nonzero(magnitude > 0))
+        energies.append(_energy(magnitude, 0.0, scale))
+    nonzero = int(_fsum(nonzeros))
+    return _Layer(flat, chooseable, entries - nonzero, nonzero, scale, _fsum(energies))
+
+
+def _cut_zeros(layers: list[_Layer], count: int) -> list[_Cut]:
+    """Prune ``count`` zeros and nothing else."""
+    cuts = []
+    for layer in reversed(layers):
+        taken = min(layer.zeros, count)
+        cuts.append(_Cut(0.0, layer.zeros - taken))
+        count -= taken
+    return cuts[::-1]
+
+
+def _cut_nonzeros(layers: list[_Layer], count: int) -> tuple[list[_Cut], float]:
+    """Prune every zero, and of the rest the ``count`` lowest."""
+    samples = [_sample(layer) for layer in layers]
+    guess = _guess_threshold(samples, count)
+    margins = [MARGIN] * len(layers)
+    found = [_candidates(x, _bracket(s, guess, MARGIN)) for x, s in zip(layers, samples)]
+    while True:
+        inside = count - sum(c.below for c in found)
+        if 0 < inside <= sum(c.score.numel() for c in found):
+            chosen, threshold = _lowest(layers, found, inside)
+            # The cut must lie between two candidates, or what was not looked at
+            # below or above the bracket might belong on the other side of it.
+            missed = [
+                (n == 0 and c.below > 0) or (n == c.score.numel() and c.above > 0)
+                for n, c in zip(chosen, found)
+            ]
+            if not any(missed):
+                return [_cut(c, n) for c, n in zip(found, chosen)], threshold
+        else:
+            missed = [c.below + c.above > 0 for c in found]
+        for i in (i for i, is_missed in enumerate(missed) if is_missed):
+            margins[i] *= 4
+            found[i] = _candidates(layers[i], _bracket(samples[i], guess, margins[i]))
+
+
+def _sample(layer: _Layer) -> _Sample:
+    size = layer.weight.numel()
+    step = max(1, size // SAMPLE)
+    while math.gcd(step, max(1, size)) > 1:  # else it might see a few columns only
+        step += 1
+    chooseable = None if layer.chooseable is None else layer.chooseable[::step]
+    spread = torch.cat(list(_magnitudes(layer.weight[::step], chooseable)))
+    magnitude = _sort(spread[spread > 0].cpu()).double().numpy()
+    entries = layer.nonzeros / max(1, len(magnitude))
+    square = np.square(magnitude * layer.scale.item())
+    # A sample tells well what the small entries hold together, and badly what the
+    # large ones do: their energy is what the small ones leave of the total.
+    energy = layer.energy - entries * (np.cumsum(square) - square)
+    least = entries * square * np.arange(len(square), 0, -1)
+    score = square / np.maximum(energy, np.maximum(least, np.finfo(float).tiny))
+    return _Sample(magnitude, np.maximum.accumulate(score), entries)
+
+
+def _guess_threshold(samples: list[_Sample], count: int) -> float:
+    """Return the score under which about ``count`` entries are expected."""
+    score = np.concatenate([s.score for s in samples])
+    entries = np.repeat([s.entries for s in samples], [len(s.score) for s in samples])
+    order = np.argsort(score)
+    rank = int(np.searchsorted(np.cumsum(entries[order]), count))
+    return float(score[order[min(rank, len(order) - 1)]]) if len(order) else 0.0
+
+
+def _bracket(sample: _Sample, threshold: float, margin: float) -> tuple[float, float]:
+    """Return the magnitudes (from above, up to) between which the cut is expected."""
+    size = len(sample.score)
+    rank = int(np.searchsorted(sample.score, threshold))
+    reach = math.ceil(margin * (math.sqrt(rank * (size - rank) / max(1, size)) + 4))
+    low = sample.magnitude[rank - reach] if rank >= reach else 0.0
+    high = sample.magnitude[rank + reach] if rank + reach < size else math.inf
+    return float(low), float(high)
+
+
+def _candidates(layer: _Layer, bracket: tuple[float, float]) -> _Candidates:
+    low, high = bracket
+    inside, above, energies = [], [], []
+    for magnitude in _magnitudes(layer.weight, layer.chooseable):
+        over = magnitude > high
+        above.append(torch.count_nonzero(over))
+        inside.append(magnitude[(magnitude > low).logical_xor_(over)])
+        energies.append(_energy(magnitude, high, layer.scale))
+    magnitude = _sort(torch.cat(inside)).flip(0)
+    square = (magnitude.to(torch.float64) * layer.scale).square_()
+    score = square / square.cumsum(0).add_(_fsum(energies))
+    n_above = int(_fsum(above))
+    return _Candidates(magnitude, score, layer.nonzeros - n_above - score.numel(), n_above)
+
+
+def _score_error(found: list[_Candidates]) -> float:
+    """Bound the relative error of the candidates' scores.
+
+    A sum of n positive terms, in any order, errs by less than n units in the last
+    place: n is a block or the candidates; the rest is square, quotient and joining.
+    """
+    terms = max(_block_size(c.score) + c.score.numel() for c in found)
+    return (terms + 16) * 2.0**-52
+
+
+def _lowest(
+    layers: list[_Layer], found: list[_Candidates], count: int
+) -> tuple[list[int], float]:
+    """Say how many candidates of each layer are among the ``count`` lowest of all."""
+    threshold = _kth_smallest([c.score for c in found], count)
+    # Outside this window the scores are surely on their side of the exact threshold.
+    # The second term speaks for squares that underflow.
+    slack = 2 * _score_error(found) * threshold + 2.0**-1000
+    at_least = [c.score < threshold - slack for c in found]
+    at_most = [c.score <= threshold + slack for c in found]
+    sure = [int(flags.count_nonzero()) for flags in at_least]
+    open_ = [int(flags.count_nonzero()) - n for flags, n in zip(at_most, sure)]
+    missing = count - sum(sure)
+    if sum(n > 0 for n in open_) == 1:
+        settled = [missing if n else 0 for n in open_]
+    else:
+        settled = _settle_exactly(layers, found, sure, open_, missing)
+    return [n + more for n, more in zip(sure, settled)], threshold
+
+
+def _settle_exactly(
+    layers: list[_Layer],
+    found: list[_Candidates],
+    sure: list[int],
+    open_: list[int],
+    count: int,
+) -> list[int]:
+    """Share ``count`` out among candidates whose scores float64 cannot tell apart."""
+    ranked = []
+    for i, (layer, c) in enumerate(zip(layers, found)):
+        last = c.score.numel() - sure[i]
+        values = c.magnitude[last - open_[i] : last].tolist()
+        if values:
+            ties = int((c.magnitude[: last - open_[i]] == values[0]).count_nonzero())
+            energy = _exact_energy(layer, values[0]) + ties * Fraction(values[0]) ** 2
+        for rank, value in enumerate(values):
+            square = Fraction(value) ** 2
+            energy += square
+            ranked.append((square / energy, -i, -rank))
+    chosen = [0] * len(layers)
+    for _, i, _ in sorted(ranked)[:count]:
+        chosen[-i] += 1
+    return chosen
+
+
+def _exact_energy(layer: _Layer, above: float) -> Fraction:
+    """Sum the unscaled squares of all magnitudes greater than ``above``, without rounding."""
+    energy = Fraction(0)
+    for magnitude in _magnitudes(layer.weight, layer.chooseable):
+        mantissa, exponent = torch.frexp(magnitude[magnitude > above].to(torch.float64))
+        for e in exponent.unique().tolist():
+            integers = (mantissa[exponent == e] * 2.0**53).long().tolist()
+            energy += sum(i * i for i in integers) * Fraction(2) ** (2 * (e - 53))
+    return energy
+
+
+def _cut(candidates: _Candidates, pruned: int) -> _Cut:
+    """Cut a layer so that its ``pruned`` lowest candidates, and all below, go."""
+    if pruned == 0:
+        return _Cut(0.0, 0)
+    kept = candidates.magnitude[:-pruned]
+    magnitude = candidates.magnitude[-pruned]
+    return _Cut(magnitude.item(), int((kept == magnitude).count_nonzero()))
+
+
+def _mask(layer: _Layer, cut: _Cut) -> Tensor:
+    keep = torch.empty(layer.weight.numel(), dtype=torch.bool, device=layer.weight.device)
+    ties = cut.ties
+    outs = keep.split(_block_size(keep))
+    for magnitude, out in zip(_magnitudes(layer.weight, layer.chooseable), outs):
+        torch.gt(magnitude, cut.magnitude, out=out)
+        if ties:
+            tied = (magnitude == cut.magnitude).nonzero().squeeze(1)[:ties]
+            out[tied] = True
+            ties -= tied.numel()
+    return keep
+
+
+def _sort(values: Tensor) -> Tensor:
+    """Sort a vector, ascending: on the CPU NumPy's vectorized sort is far ahead of torch's."""
+    if values.device.type != "cpu":
+        return values.sort().values
+    exact = values if values.dtype == torch.float64 else values.float()
+    return torch.from_numpy(np.sort(exact.numpy()))
+
+
+def _kth_smallest(vectors: list[Tensor], k: int) -> float:
+    """Return the k-th smallest (k from 1) of all values of several vectors."""
+    pooled = torch.cat([v.to(vectors[0].device) for v in vectors])
+    if pooled.device.type != "cpu":
+        return pooled.kthvalue(k).values.item()
+    return float(np.partition(pooled.numpy(), k - 1)[k - 1])
