@@ -6,6 +6,7 @@ look at the result with :func:`summarize`, and make it permanent with
 :func:`remove_all`.
 """
 
+from torch_dimap.flops import FlopCount, Flops, count_flops
 from torch_dimap.grouping import group_parameters
 from torch_dimap.importance import dimap_scores
 from torch_dimap.pruning import (
@@ -14,15 +15,21 @@ from torch_dimap.pruning import (
     global_module_aware_unstructured,
     remove_all,
 )
+from torch_dimap.summary import Summary, summarize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DimapUnstructured",
+    "FlopCount",
+    "Flops",
+    "Summary",
     "__version__",
+    "count_flops",
     "dimap_scores",
     "dimap_unstructured",
     "global_module_aware_unstructured",
     "group_parameters",
     "remove_all",
+    "summarize",
 ]
