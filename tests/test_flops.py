@@ -364,6 +364,24 @@ def test_count_flops_does_not_disturb_a_pending_backward():
     assert model[0].weight_orig.grad is not None
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda model: torch.compile(model), nn.DataParallel, lambda model: nn.Sequential(model)],
+)
+def test_count_flops_looks_through_wrappers(wrap):
+    model, groups = two_layers()
+    count = count_flops(wrap(model), torch.zeros(10, 8), groups)
+    assert (count.dense, count.masked) == (400, 260)
+
+
+def test_count_flops_works_under_autocast():
+    model, groups = two_layers()
+    x = torch.zeros(10, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x)
+        assert [count_flops(model, x, groups).masked for _ in range(2)] == [260, 260]
+
+
 def test_count_flops_refuses_what_is_not_in_the_model():
     model = nn.Sequential(nn.Linear(4, 4))
     x = torch.zeros(1, 4)
@@ -379,6 +397,10 @@ def test_count_flops_refuses_what_is_not_in_the_model():
         count_flops(model, x, 3)
     with pytest.raises(TypeError, match="inputs must be a tensor or a tuple.*found dict"):
         count_flops(model, {"x": x}, [(model[0], "weight")])
+    with pytest.raises(TypeError, match="model must be an nn.Module, found list"):
+        count_flops([model], x)
+    with pytest.raises(ValueError, match="0.weight is on the meta device"):
+        count_flops(model.to("meta"), x, [(model[0], "weight")])
 
 
 def test_count_flops_of_swin_tiny(swin):

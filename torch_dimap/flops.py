@@ -134,6 +134,7 @@ def _trace(
         warnings.simplefilter("ignore", FutureWarning)
         from fvcore.nn import FlopCountAnalysis
 
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: it cannot be traced
     with _untouched(model):
         analysis = FlopCountAnalysis(model, inputs)
         analysis.set_op_handle(**{**product_handles(model, layers), **op_handles})
@@ -150,17 +151,19 @@ def _trace(
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Let a dense forward in evaluation mode run, then put back all that it changed."""
-    modules = list(model.modules())
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     tables: list[tuple[MutableMapping, dict]] = [
         (table, dict(table))
         for m in modules
         for table in (vars(m), m._buffers, m._forward_pre_hooks, m._forward_hooks)
     ]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    training, fastpath = model.training, torch.backends.mha.get_fastpath_enabled()
+    training = model.training
+    fastpath, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer
+        torch.set_autocast_cache_enabled(False)  # what it holds is foreign to the trace
         for module in modules:
             for method in pruning_methods(module):
                 # For parents that read the tensor before any hook has made it anew.
@@ -170,6 +173,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.set_autocast_cache_enabled(cache)
         model.train(training)  # some models clear caches here
         for table, entries in tables:  # in place: hook handles refer to these very dicts
             table.clear()

@@ -83,6 +83,11 @@ def _layer(pair: Pair, names: Mapping[nn.Module, str], where: str) -> Layer:
         )
     label = ".".join(filter(None, (names[module], name)))
     behind = f"{name}_orig" if f"{name}_mask" in module._buffers else name
-    if module._parameters.get(behind) is None:
+    parameter = module._parameters.get(behind)
+    if parameter is None:
         raise ValueError(f"{where} lists {label}, which is no parameter of the model.")
+    if parameter.is_meta:
+        raise ValueError(
+            f"{where}: {label} is on the meta device and has no values: load weights first."
+        )
     return Layer(label, module, name)
