@@ -6,6 +6,7 @@ look at the result with :func:`summarize`, and make it permanent with
 :func:`remove_all`.
 """
 
+from torch_dimap.budgets import Budget, prune_to_flops, prune_to_parameters
 from torch_dimap.flops import FlopCount, Flops, count_flops
 from torch_dimap.grouping import group_parameters
 from torch_dimap.importance import dimap_scores
@@ -20,6 +21,7 @@ from torch_dimap.summary import Summary, summarize
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "DimapUnstructured",
     "FlopCount",
     "Flops",
@@ -30,6 +32,8 @@ __all__ = [
     "dimap_unstructured",
     "global_module_aware_unstructured",
     "group_parameters",
+    "prune_to_flops",
+    "prune_to_parameters",
     "remove_all",
     "summarize",
 ]

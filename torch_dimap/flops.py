@@ -109,17 +109,17 @@ def count_flops(
         labels = [layer.label for layer in members]
         left, weights = sum(kept[x] for x in labels), sum(size[x] for x in labels)
         for x in labels:
-            masked = _fraction(dense[x], kept[x], size[x])
-            by_layer[x] = Flops(dense[x], masked, _fraction(dense[x], left, weights))
+            masked = weighted_flops(dense[x], kept[x], size[x])
+            by_layer[x] = Flops(dense[x], masked, weighted_flops(dense[x], left, weights))
         of_group = sum(dense[x] for x in labels)
         masked = sum(by_layer[x].masked for x in labels)
-        by_group[group] = Flops(of_group, masked, _fraction(of_group, left, weights))
+        by_group[group] = Flops(of_group, masked, weighted_flops(of_group, left, weights))
     saved = [sum(f.dense - f[i] for f in by_group.values()) for i in (1, 2)]
     return FlopCount(total, total - saved[0], total - saved[1], by_group, by_layer)
 
 
-def _fraction(flops: int, kept: int, weights: int) -> int:
-    """Return ``flops * kept / weights``, to the nearest int, without passing by a float."""
+def weighted_flops(flops: int, kept: int, weights: int) -> int:
+    """Return ``flops * kept / weights`` to the nearest int, exactly also beyond 2**53."""
     return (2 * flops * kept + weights) // (2 * weights) if weights else 0
 
 

@@ -8,8 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from torch_dimap.grouping import Pair, group_parameters
-
-SINGLE_GROUP = "all"  # what a flat iterable of pairs is called, as in the pruning call
+from torch_dimap.targets import SINGLE_GROUP
 
 
 class Layer(NamedTuple):
