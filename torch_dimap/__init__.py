@@ -10,6 +10,7 @@ from torch_dimap.budgets import Budget, prune_to_flops, prune_to_parameters
 from torch_dimap.flops import FlopCount, Flops, count_flops
 from torch_dimap.grouping import group_parameters
 from torch_dimap.importance import dimap_scores
+from torch_dimap.plots import plot_density, plot_histograms, plot_masks
 from torch_dimap.pruning import (
     DimapUnstructured,
     dimap_unstructured,
@@ -32,6 +33,9 @@ __all__ = [
     "dimap_unstructured",
     "global_module_aware_unstructured",
     "group_parameters",
+    "plot_density",
+    "plot_histograms",
+    "plot_masks",
     "prune_to_flops",
     "prune_to_parameters",
     "remove_all",
