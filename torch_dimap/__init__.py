@@ -6,23 +6,38 @@ look at the result with :func:`summarize`, and make it permanent with
 :func:`remove_all`.
 """
 
+from torch_dimap.budgets import Budget, prune_to_flops, prune_to_parameters
+from torch_dimap.flops import FlopCount, Flops, count_flops
 from torch_dimap.grouping import group_parameters
 from torch_dimap.importance import dimap_scores
+from torch_dimap.plots import plot_density, plot_histograms, plot_masks
 from torch_dimap.pruning import (
     DimapUnstructured,
     dimap_unstructured,
     global_module_aware_unstructured,
     remove_all,
 )
+from torch_dimap.summary import Summary, summarize
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "DimapUnstructured",
+    "FlopCount",
+    "Flops",
+    "Summary",
     "__version__",
+    "count_flops",
     "dimap_scores",
     "dimap_unstructured",
     "global_module_aware_unstructured",
     "group_parameters",
+    "plot_density",
+    "plot_histograms",
+    "plot_masks",
+    "prune_to_flops",
+    "prune_to_parameters",
     "remove_all",
+    "summarize",
 ]

@@ -1,0 +1,213 @@
+"""The table by hand on a small network, and Table 1 of the paper on the real ones."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from torch_dimap import (
+    global_module_aware_unstructured,
+    group_parameters,
+    remove_all,
+    summarize,
+)
+
+
+def small() -> tuple[nn.Sequential, dict[str, list]]:
+    """4 -> 3 -> 2: the first layer loses an output and an input, the second half."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    first = torch.tensor([[1.0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0]])
+    second = torch.tensor([[1.0, 0, 0], [1, 1, 0]])
+    for layer, mask in ((model[0], first), (model[2], second)):
+        nn.init.ones_(layer.weight)
+        prune.custom_from_mask(layer, "weight", mask)
+    return model, {"a": [(model[0], "weight")], "b": [(model[2], "weight")]}
+
+
+def test_summarize_counts_weights_zeros_and_dead_rows_and_columns():
+    model, groups = small()
+    summary = summarize(model, parameters=groups)
+    first, second = summary.layers
+    assert first == ("layer", "0.weight", 12, 7, 1, 1, "a", (3, 4), None, None)
+    assert second == ("layer", "2.weight", 6, 3, 0, 1, "b", (2, 3), None, None)
+    assert [row[:6] for row in summary.groups] == [
+        ("group", "a", 12, 7, 1, 1),
+        ("group", "b", 6, 3, 0, 1),
+    ]
+    assert summary.prunable[:6] == ("total", "prunable", 18, 10, 1, 2)
+    assert summary.model[:6] == ("total", "model", 18 + 3 + 2, 10, 1, 2)
+    assert (first.density, second.density) == (pytest.approx(5 / 12), 0.5)
+
+
+def test_summarize_gives_shares_of_the_prunable_weights_and_of_all():
+    model, groups = small()
+    record = summarize(model, parameters=groups).to_dict()["layers"][0]
+    assert record["share_of_prunable"] == 12 / 18 and record["share_of_all"] == 12 / 23
+    assert record["dense_flops"] is record["masked_flops"] is record["share_of_flops"] is None
+
+
+def test_summarize_counts_flops_when_given_inputs():
+    model, groups = small()
+    summary = summarize(model, torch.zeros(10, 4), groups)
+    assert [row.flops for row in summary.layers] == [(120, 50, 50), (60, 30, 30)]
+    assert summary.prunable.flops == summary.model.flops == (180, 80, 80)
+    assert summary.to_dict()["groups"][0]["share_of_flops"] == 120 / 180
+
+
+def test_summarize_gives_the_same_for_masked_and_baked():
+    model, groups = small()
+    masked = summarize(model, torch.zeros(1, 4), groups)
+    assert summarize(remove_all(model), torch.zeros(1, 4), groups) == masked
+
+
+def test_summarize_reads_the_mask_and_not_a_stale_weight():
+    model, groups = small()
+    model[0].weight_mask.fill_(1)
+    assert summarize(model, parameters=groups).layers[0].zeros == 0
+
+
+def test_summarize_looks_at_convolutions_by_channel():
+    model = nn.Conv2d(3, 2, 2)
+    with torch.no_grad():
+        model.weight.fill_(1)[:, 1] = 0
+        model.weight[0, 0, 0, 0] = 0
+    (row,) = summarize(model, parameters=[(model, "weight")]).layers
+    assert (row.zeros, row.dead_rows, row.dead_columns, row.shape) == (9, 0, 1, (2, 3, 2, 2))
+
+
+def test_summarize_takes_vectors():
+    model = nn.LayerNorm(4)
+    with torch.no_grad():
+        model.weight[1] = 0
+    (row,) = summarize(model, parameters=[(model, "weight")]).layers
+    assert (row.zeros, row.dead_rows, row.dead_columns) == (1, 1, 0)
+
+
+def test_summarize_prints_an_aligned_table():
+    model, groups = small()
+    summary = summarize(model, torch.zeros(1_000_000, 4), groups, thresholds={"a": 1.25e-7})
+    lines = str(summary).splitlines()
+    rule = "-" * len(lines[0])
+    expected = [
+        "layer     group  shape  weights  of prunable  of params  zeros  density  threshold"
+        "  dead rows  dead cols  dense MFLOPs  of FLOPs  masked MFLOPs  uniform MFLOPs",
+        rule,
+        "0.weight  a      3x4         12       66.67%     52.17%      7   0.4167           "
+        "          1          1          12.0    66.67%            5.0             5.0",
+        "2.weight  b      2x3          6       33.33%     26.09%      3   0.5000           "
+        "          0          1           6.0    33.33%            3.0             3.0",
+        rule,
+        "a                            12       66.67%     52.17%      7   0.4167   1.25e-07"
+        "          1          1          12.0    66.67%            5.0             5.0",
+        "b                             6       33.33%     26.09%      3   0.5000           "
+        "          0          1           6.0    33.33%            3.0             3.0",
+        rule,
+        "prunable                     18      100.00%     78.26%     10   0.4444           "
+        "          1          2          18.0   100.00%            8.0             8.0",
+        "model                        23                 100.00%     10   0.5652           "
+        "          1          2          18.0   100.00%            8.0             8.0",
+        rule,
+    ]
+    assert lines[: len(expected)] == expected
+    note = " ".join(lines[len(expected) :])
+    assert "inputs of 1000000x4" in note
+    assert "theoretical: dense kernels do not run faster" in note
+
+
+def test_summarize_without_inputs_says_nothing_of_flops():
+    model, groups = small()
+    assert "FLOPs" not in str(summarize(model, parameters=groups))
+
+
+def test_to_markdown_has_a_cell_for_every_column():
+    model, groups = small()
+    lines = summarize(model, torch.zeros(1, 4), groups).to_markdown().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + 2 + 2 + 2 and len({line.count("|") for line in table}) == 1
+    assert table[2].startswith("| 0.weight | a | 3x4 | 12 | 66.67% |")
+    assert "theoretical: dense kernels do not run faster" in "\n".join(lines)
+
+
+def test_to_csv_holds_what_to_dict_holds(tmp_path):
+    model, groups = small()
+    summary = summarize(model, torch.zeros(10, 4), groups)
+    text = summary.to_csv(tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_text() == text
+    rows = list(csv.DictReader(text.splitlines()))
+    assert [row["name"] for row in rows] == ["0.weight", "2.weight", "a", "b", "prunable", "model"]
+    assert rows[0]["shape"] == "3x4" and rows[0]["masked_flops"] == "50"
+    assert rows[0]["threshold"] == "" and rows[-1]["share_of_prunable"] == ""
+    assert list(rows[0]) == list(summary.to_dict()["model"])
+
+
+def test_to_dict_goes_through_json():
+    model, groups = small()
+    data = summarize(model, torch.zeros(10, 4), groups).to_dict()
+    assert json.loads(json.dumps(data)) == data
+
+
+def test_summarize_refuses_thresholds_of_other_groups():
+    model, groups = small()
+    with pytest.raises(ValueError, match=r"for the groups \['a', 'b'\], found 'qkv'"):
+        summarize(model, parameters=groups, thresholds={"qkv": 0.1})
+    with pytest.raises(TypeError, match="mapping group -> threshold.*found float"):
+        summarize(model, parameters=groups, thresholds=0.1)
+
+
+# Model -> all parameters, the prunable, dense FLOPs.
+SIZES = {
+    "base": (87_768_224, 83_755_008, 15_467_826_176),
+    "small": (49_606_258, 47_112_192, 8_768_534_784),
+    "tiny": (28_288_354, 25_878_528, 4_509_194_496),
+}
+# Model, amount -> parameters kept; and in per cent what the paper's Table 1 says went of
+# the parameters and of the FLOPs.
+TABLE1 = [
+    ("base", 0.15, 75_204_972, 14.3, 14.4),
+    ("base", 0.35, 58_453_972, 33.4, 33.5),
+    ("base", 0.55, 41_702_969, 52.5, 52.7),
+    ("small", 0.15, 42_539_430, 14.2, 14.3),
+    ("small", 0.35, 33_116_990, 33.2, 33.2),
+    ("small", 0.55, 23_694_553, 52.2, 52.3),
+    ("tiny", 0.15, 24_406_574, 13.7, 13.9),
+    ("tiny", 0.35, 19_230_870, 32.0, 32.4),
+    ("tiny", 0.55, 14_055_163, 50.3, 50.8),
+]
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """Build each model once; a fresh copy costs a tenth of it."""
+    models: dict[str, nn.Module] = {}
+
+    def build(size: str) -> nn.Module:
+        if size not in models:
+            models.clear()
+            models[size] = timm.create_model(f"swin_{size}_patch4_window7_224")
+        return copy.deepcopy(models[size])
+
+    return build
+
+
+@pytest.mark.parametrize("size, amount, kept, parameters_gone, flops_gone", TABLE1)
+def test_summarize_gives_table_1_of_the_paper(
+    dense, size, amount, kept, parameters_gone, flops_gone
+):
+    model = dense(size)
+    thresholds = global_module_aware_unstructured(group_parameters(model), amount=amount)
+    summary = summarize(model, torch.zeros(1, 3, 224, 224), thresholds=thresholds)
+    whole, flops = summary.model, summary.model.flops
+    assert (whole.weights, summary.prunable.weights, flops.dense) == SIZES[size]
+    assert whole.weights - whole.zeros == kept
+    assert 100 * whole.zeros / whole.weights == pytest.approx(parameters_gone, abs=0.1)
+    assert 100 * (1 - flops.uniform / flops.dense) == pytest.approx(flops_gone, abs=0.1)
+    # The mask-weighted count is another number: late layers lose more, and cost less.
+    assert flops.masked > flops.uniform
+    assert all(group.threshold > 0 for group in summary.groups)

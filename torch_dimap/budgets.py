@@ -1,0 +1,247 @@
+"""Pruning for a budget: the smallest amount that meets a number of FLOPs or parameters."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from torch_dimap.amounts import check_amount, count_to_prune
+from torch_dimap.flops import count_flops, weighted_flops
+from torch_dimap.grouping import Pair
+from torch_dimap.layers import Layer, find_layers
+from torch_dimap.pruning import global_module_aware_unstructured
+from torch_dimap.selection import select
+from torch_dimap.targets import Target, inspect
+
+Parameters = Mapping[str, Iterable[Pair]] | Iterable[Pair]
+
+
+class Budget(NamedTuple):
+    """How a budget was met.
+
+    Attributes:
+        amount: group -> amount of its unpruned weights that went, as
+            :func:`torch_dimap.global_module_aware_unstructured` takes it.
+        thresholds: group -> the highest score that went.
+        target: what was asked for, in FLOPs or parameters.
+        reached: what is left, at most ``target`` (masked FLOPs, or parameters that are
+            not zero).
+    """
+
+    amount: dict[str, float]
+    thresholds: dict[str, float]
+    target: int
+    reached: int
+
+
+def prune_to_flops(
+    model: nn.Module,
+    inputs: Tensor | tuple[Any, ...],
+    target: float,
+    parameters: Parameters | None = None,
+    fixed: Mapping[str, float] | None = None,
+    importance_scores: Mapping[Pair, Tensor] | None = None,
+) -> Budget:
+    """Prune with DIMAP by the smallest amount that meets a number of masked FLOPs.
+
+    One amount for all groups, or for those that ``fixed`` leaves free, is found to
+    within one weight of the largest of them, and the model is pruned once. FLOPs are
+    those of :func:`torch_dimap.count_flops`, every layer weighted by its own density.
+
+    Args:
+        model: the model, pruned in place.
+        inputs: what to call the model with to count FLOPs.
+        target: int, multiply-adds for ``inputs``; or float in [0, 1], the fraction of
+            the dense model's, all of its layers included.
+        parameters: as in :func:`torch_dimap.global_module_aware_unstructured`.
+            Default: ``group_parameters(model)``.
+        fixed: group -> amount that is given and not to be found.
+        importance_scores: as in :func:`torch_dimap.global_module_aware_unstructured`.
+
+    Returns:
+        The amounts and thresholds of the groups, the target, and what was reached.
+
+    Raises:
+        TypeError, ValueError: for a target of a wrong type or out of range, or below
+            what is left if all free groups go (the message names the lowest), unknown
+            groups in ``fixed``, or none left free; and as
+            :func:`torch_dimap.global_module_aware_unstructured`.
+        NotImplementedError: if FLOPs cannot be counted.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 10))
+        >>> pairs = [(net[0], "weight"), (net[1], "weight")]
+        >>> budget = prune_to_flops(net, torch.zeros(1, 20), 0.25, pairs)
+        >>> budget.amount, budget.target, budget.reached
+        ({'all': 0.75}, 75, 75)
+    """
+    caller = "prune_to_flops()"
+    layers = find_layers(model, parameters, caller)
+    flops = count_flops(model, inputs, _pairs(layers))
+    costs = {label: layer.dense for label, layer in flops.layers.items()}
+    plan = _Plan(caller, "FLOPs", flops.dense, costs, layers, importance_scores)
+    return _prune(plan, target, fixed)
+
+
+def prune_to_parameters(
+    model: nn.Module,
+    target: float,
+    parameters: Parameters | None = None,
+    fixed: Mapping[str, float] | None = None,
+    importance_scores: Mapping[Pair, Tensor] | None = None,
+) -> Budget:
+    """Prune with DIMAP by the smallest amount that meets a number of parameters.
+
+    What counts are all parameters of the model less the zeros in its groups, as in
+    Table 1 of the paper. All else is as in :func:`prune_to_flops`.
+
+    Args:
+        model: the model, pruned in place.
+        target: int, a number of parameters to keep; or float in [0, 1], the fraction
+            of all parameters of the model.
+        parameters: as in :func:`prune_to_flops`.
+        fixed: as in :func:`prune_to_flops`.
+        importance_scores: as in :func:`prune_to_flops`.
+
+    Returns:
+        The amounts and thresholds of the groups, the target, and what was reached.
+
+    Raises:
+        TypeError, ValueError: as :func:`prune_to_flops`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 10))
+        >>> pairs = [(net[0], "weight"), (net[1], "weight")]
+        >>> prune_to_parameters(net, 200, pairs).reached
+        200
+    """
+    caller = "prune_to_parameters()"
+    layers = find_layers(model, parameters, caller)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    costs = {x.label: x.parameter.numel() for group in layers.values() for x in group}
+    plan = _Plan(caller, "parameters", whole, costs, layers, importance_scores)
+    return _prune(plan, target, fixed)
+
+
+class _Plan(NamedTuple):
+    """What a budget is counted in, and what it is counted on."""
+
+    caller: str
+    unit: str
+    whole: int  # of the dense model
+    costs: dict[str, int]  # of each dense layer, by label
+    layers: dict[str, list[Layer]]
+    importance_scores: Mapping[Pair, Tensor] | None
+
+
+def _pairs(layers: dict[str, list[Layer]]) -> dict[str, list[Pair]]:
+    return {group: [(x.module, x.name) for x in members] for group, members in layers.items()}
+
+
+def _prune(plan: _Plan, target: float, fixed: Mapping[str, float] | None) -> Budget:
+    pairs = _pairs(plan.layers)
+    targets = inspect(pairs, plan.importance_scores)
+    unpruned = {group: sum(t.unpruned for t in members) for group, members in targets.items()}
+    wanted = _absolute(target, plan)
+    amount = _check_fixed(fixed or {}, unpruned, plan.caller)
+
+    def left(group: str, amount: float) -> int:
+        count = count_to_prune(amount, unpruned[group], f"{plan.caller}: fixed[{group!r}]")
+        return _left(plan, group, targets[group], count)
+
+    bound = plan.whole - sum(plan.costs.values()) + sum(left(g, a) for g, a in amount.items())
+    if bound > wanted:
+        raise ValueError(
+            f"{plan.caller}: target must be at least the {bound} {plan.unit} left when "
+            f"{'all that is not fixed' if fixed else 'every prunable weight'} is pruned, found "
+            f"{wanted}: raise it, or let more be pruned."
+        )
+    free = [group for group in unpruned if group not in amount]
+    steps = max(1, *(unpruned[group] for group in free))
+    # In steps of one weight of the largest group, which are at most one of any other.
+    step, reached = _smallest(
+        lambda step: bound + sum(left(group, step / steps) for group in free), wanted, steps
+    )
+    amount = {group: amount.get(group, step / steps) for group in unpruned}
+    thresholds = global_module_aware_unstructured(
+        pairs, importance_scores=plan.importance_scores, amount=amount
+    )
+    return Budget(amount, thresholds, wanted, reached)
+
+
+def _absolute(target: Any, plan: _Plan) -> int:
+    if isinstance(target, bool) or not isinstance(target, numbers.Real):
+        raise TypeError(
+            f"{plan.caller}: target must be an int (a number of {plan.unit}) or a float (a "
+            f"fraction of the dense model's), found {type(target).__name__}."
+        )
+    if isinstance(target, numbers.Integral):
+        return int(target)
+    if not 0.0 <= float(target) <= 1.0:  # NaN fails it too
+        raise ValueError(
+            f"{plan.caller}: target as a float must lie in [0, 1], found {target}: "
+            f"a number of {plan.unit} is given as an int."
+        )
+    return math.floor(float(target) * plan.whole)
+
+
+def _check_fixed(fixed: Any, unpruned: Mapping[str, int], caller: str) -> dict[str, float]:
+    if not isinstance(fixed, Mapping):
+        raise TypeError(
+            f"{caller}: fixed must be a mapping group -> amount, found {type(fixed).__name__}."
+        )
+    unknown = [group for group in fixed if group not in unpruned]
+    if unknown or len(fixed) == len(unpruned):
+        raise ValueError(
+            f"{caller}: fixed must name some of the groups {list(unpruned)} and leave at least "
+            f"one free, found {list(fixed)}."
+        )
+    for group, amount in fixed.items():
+        check_amount(amount, f"{caller}: fixed[{group!r}]")
+    return dict(fixed)
+
+
+def _left(plan: _Plan, group: str, targets: list[Target], count: int) -> int:
+    """Return what a group still costs when its ``count`` lowest weights are gone."""
+    if count == sum(target.unpruned for target in targets):
+        return 0
+    keeps, _ = select([t.values for t in targets], count, [t.mask for t in targets])
+    total = 0
+    for layer, target, keep in zip(plan.layers[group], targets, keeps):
+        kept = int((keep & (target.orig != 0)).count_nonzero())
+        total += weighted_flops(plan.costs[layer.label], kept, keep.numel())
+    return total
+
+
+def _smallest(function: Callable[[int], int], bound: int, high: int) -> tuple[int, int]:
+    """Return the smallest step whose value is at most ``bound``, and that value.
+
+    ``function`` never rises, is low enough at ``high``, and costly. It is smooth but for
+    its last digits, so regula falsi (the Illinois variant) needs a dozen values of it;
+    where it is not, halving takes over.
+    """
+    low, value, reached = 0, function(0), function(high)
+    if value <= bound:
+        return 0, value
+    root = bound + 0.5  # between two values: neither end may sit on the root
+    above, below = value - root, root - reached
+    moved, stalled = "", 0
+    while high - low > 1:
+        width = high - low
+        share = above / (above + below) if stalled < 3 else 0.5
+        middle = min(max(low + round(width * share), low + 1), high - 1)
+        value = function(middle)
+        # An end that stays twice running pulls the next guess towards itself.
+        if value > bound:
+            below /= 2 if moved == "low" else 1
+            low, above, moved = middle, value - root, "low"
+        else:
+            above /= 2 if moved == "high" else 1
+            high, below, moved, reached = middle, root - value, "high", value
+        stalled = stalled + 1 if 2 * (high - low) > width + 1 else 0
+    return high, reached

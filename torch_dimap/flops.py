@@ -1,0 +1,183 @@
+"""Multiply-adds of dense and masked models; the only file that knows fvcore.
+
+fvcore traces one forward and applies a formula to every operator it meets. The
+formulas for products are those of :mod:`torch_dimap.products`, which credit the
+weights rather than the modules that multiply; those for norms and pooling are fvcore's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torch_dimap.grouping import Pair
+from torch_dimap.layers import Layer, find_layers
+from torch_dimap.products import Handle, product_handles, refuse_unknown
+from torch_dimap.targets import pruning_methods
+
+
+class Flops(NamedTuple):
+    """Multiply-adds of a layer, a group or a model, under three conventions."""
+
+    dense: int
+    masked: int
+    uniform: int
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """What :func:`count_flops` found, in multiply-adds.
+
+    Attributes:
+        dense: all products, whether or not their weights are zero.
+        masked: every prunable layer weighted by its own density.
+        uniform: every prunable layer weighted by the density of its group, which is
+            the paper's convention: amount x FLOPs of the prunable layers are saved.
+        groups: group -> :class:`Flops` of its layers together.
+        layers: the layer's name in the state dict -> :class:`Flops`.
+    """
+
+    dense: int
+    masked: int
+    uniform: int
+    groups: dict[str, Flops]
+    layers: dict[str, Flops]
+
+
+def count_flops(
+    model: nn.Module,
+    inputs: Tensor | tuple[Any, ...],
+    parameters: Mapping[str, Iterable[Pair]] | Iterable[Pair] | None = None,
+    op_handles: Mapping[str, Handle | None] | None = None,
+) -> FlopCount:
+    """Count the multiply-adds of one forward, and those that pruning saves.
+
+    One fused multiply-add is one FLOP, as in fvcore and in the paper
+    (``torch.utils.flop_counter`` counts two). Products, convolutions, norms and
+    pooling count; biases, activations, softmax and other elementwise work do not, nor
+    do the multiplications of weights by masks. The forward runs in evaluation mode.
+
+    The savings are theoretical: dense kernels do not run faster on zeros. Masked and
+    baked models (see :func:`torch_dimap.remove_all`) give the same numbers: what
+    counts is how many weights are not zero.
+
+    Args:
+        model: the model; it comes back as it was, also if the count fails.
+        inputs: a tensor, or a tuple of them, to call the model with, on its device.
+            The counts are for all of it; use a batch of one for FLOPs per image.
+        parameters: group -> ``(module, name)`` pairs, or pairs alone, to hold apart
+            and to weight by their density. Default: ``group_parameters(model)``.
+        op_handles: operator -> formula in fvcore's form, or None to count it as
+            nothing; for operators that this function does not know.
+
+    Returns:
+        Dense, masked and uniform counts, as ints, in all, by group and by layer.
+
+    Raises:
+        TypeError, ValueError: for a ``parameters`` that does not fit the model.
+        NotImplementedError: if an operator multiplies matrices and has no formula.
+
+    Source: He and Zhou, ICLR 2024, Table 1, for the uniform convention.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> _ = nn.utils.prune.l1_unstructured(net[0], "weight", amount=0.5)
+        >>> groups = {"first": [(net[0], "weight")]}
+        >>> count = count_flops(net, torch.zeros(1, 8), groups)
+        >>> count.dense, count.masked, count.groups["first"].masked
+        (40, 24, 16)
+    """
+    groups = find_layers(model, parameters, "count_flops()")
+    if not isinstance(inputs, (Tensor, tuple)):
+        raise TypeError(
+            "count_flops(): inputs must be a tensor or a tuple to call the model with, "
+            f"found {type(inputs).__name__}."
+        )
+    layers = [layer for members in groups.values() for layer in members]
+    total, dense = _trace(model, inputs, layers, op_handles or {})
+    kept = {layer.label: int(layer.weight.count_nonzero()) for layer in layers}
+    size = {layer.label: layer.parameter.numel() for layer in layers}
+    by_group, by_layer = {}, {}
+    for group, members in groups.items():
+        labels = [layer.label for layer in members]
+        left, weights = sum(kept[x] for x in labels), sum(size[x] for x in labels)
+        for x in labels:
+            masked = weighted_flops(dense[x], kept[x], size[x])
+            by_layer[x] = Flops(dense[x], masked, weighted_flops(dense[x], left, weights))
+        of_group = sum(dense[x] for x in labels)
+        masked = sum(by_layer[x].masked for x in labels)
+        by_group[group] = Flops(of_group, masked, weighted_flops(of_group, left, weights))
+    saved = [sum(f.dense - f[i] for f in by_group.values()) for i in (1, 2)]
+    return FlopCount(total, total - saved[0], total - saved[1], by_group, by_layer)
+
+
+def weighted_flops(flops: int, kept: int, weights: int) -> int:
+    """Return ``flops * kept / weights`` to the nearest int, exactly also beyond 2**53."""
+    return (2 * flops * kept + weights) // (2 * weights) if weights else 0
+
+
+def _trace(
+    model: nn.Module,
+    inputs: Any,
+    layers: list[Layer],
+    op_handles: Mapping[str, Handle | None],
+) -> tuple[int, Counter[str]]:
+    """Return the FLOPs of a dense forward, in all and by the label of the weight."""
+    with warnings.catch_warnings():  # the import scripts functions, which torch deprecates
+        warnings.simplefilter("ignore", FutureWarning)
+        from fvcore.nn import FlopCountAnalysis
+
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: it cannot be traced
+    with _untouched(model):
+        analysis = FlopCountAnalysis(model, inputs)
+        analysis.set_op_handle(**{**product_handles(model, layers), **op_handles})
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        total = analysis.total()
+    refuse_unknown(analysis.unsupported_ops())
+    dense = Counter({layer.label: 0 for layer in layers})
+    for key, count in analysis.by_operator().items():
+        if isinstance(key, Layer):
+            dense[key.label] += int(count)
+    return int(total), dense
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Let a dense forward in evaluation mode run, then put back all that it changed."""
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    tables: list[tuple[MutableMapping, dict]] = [
+        (table, dict(table))
+        for m in modules
+        for table in (vars(m), m._buffers, m._forward_pre_hooks, m._forward_hooks)
+    ]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    training = model.training
+    fastpath, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer
+        torch.set_autocast_cache_enabled(False)  # what it holds is foreign to the trace
+        for module in modules:
+            for method in pruning_methods(module):
+                # For parents that read the tensor before any hook has made it anew.
+                name = method._tensor_name
+                vars(module)[name] = module._parameters[f"{name}_orig"]
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.set_autocast_cache_enabled(cache)
+        model.train(training)  # some models clear caches here
+        for table, entries in tables:  # in place: hook handles refer to these very dicts
+            table.clear()
+            table.update(entries)
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
