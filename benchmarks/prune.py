@@ -160,8 +160,8 @@ def machine_name(device: str) -> str:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x]
-        cpu = names[0] if names else cpu
+        lines = info.read_text().splitlines()
+        cpu = next((x.split(":")[1].strip() for x in lines if "model name" in x), cpu)
     return f"{cpu}, {torch.get_num_threads()} threads"
 
 
@@ -224,17 +224,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="*", default=list(SWINS), metavar="MODEL",
-                        help=f"of {', '.join(SWINS)}, or any timm name (default: all four)")  # fmt: skip
-    parser.add_argument("--scaling", nargs="*", type=float, default=[1e6, 1e7, 1e8, 1e9],
-                        metavar="N", help="sizes of the scaling run (default: 1e6 ... 1e9)")  # fmt: skip
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS),
-                        help="(default: all; the scaling run is of torch_dimap alone)")  # fmt: skip
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each (default: 5)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), metavar="DIR")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--models", nargs="*", default=list(SWINS), metavar="MODEL",
+        help=f"of {', '.join(SWINS)}, or any timm name (default: all four)")  # fmt: skip
+    add("--scaling", nargs="*", type=float, default=[1e6, 1e7, 1e8, 1e9], metavar="N",
+        help="sizes of the scaling run, bfloat16 weights (default: 1e6 1e7 1e8 1e9)")  # fmt: skip
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS),
+        help="(default: all; the scaling run is of torch_dimap alone)")  # fmt: skip
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
+    add("--repeats", type=int, default=5, help="runs of each (default: 5)")
+    add("--seed", type=int, default=0, help="of the random weights (default: 0)")
+    add("--output", type=Path, default=Path("benchmarks/results"), metavar="DIR",
+        help="(default: benchmarks/results)")  # fmt: skip
+    add("--one", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -245,7 +247,8 @@ def main() -> None:
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmark: --device cuda needs a GPU, and torch finds none.")
-    jobs = [(model, SWINS.get(model, model), m) for model in options.models for m in options.methods]
+    models = [(label, SWINS.get(label, label)) for label in options.models]
+    jobs = [(label, model, method) for label, model in models for method in options.methods]
     jobs += [(str(int(n)), str(int(n)), "torch_dimap") for n in options.scaling]
     machine = machine_name(options.device)
     rows = []

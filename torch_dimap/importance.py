@@ -14,9 +14,9 @@ _MAX_EXPONENT = 1000
 
 def unit_scale(largest: Tensor) -> Tensor:
     """Return the power of two (float64, 0-dim) that brings ``largest`` to about 1."""
-    exponent = torch.frexp(largest.to(torch.float64)).exponent
-    exponent = exponent.clamp(-_MAX_EXPONENT, _MAX_EXPONENT)
-    return torch.ldexp(torch.ones_like(largest, dtype=torch.float64), -exponent)
+    exponent = torch.frexp(largest.to(torch.float64)).exponent.to(torch.int64)
+    # Written as bits: torch.ldexp overflows beyond float32's range in older releases.
+    return ((1023 - exponent.clamp(-_MAX_EXPONENT, _MAX_EXPONENT)) << 52).view(torch.float64)
 
 
 def dimap_scores(weight: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""The examples and benchmarks, run as a user runs them, in small."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+SWIN = "swin_tiny_patch4_window7_224"
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_quickstart_prints_a_table_and_keeps_files(tmp_path):
+    done = run("examples/quickstart.py", "--epochs", 1, "--finetune-epochs", 1,
+               "--amounts", 0.5, "--seeds", 0, 1, "--output", tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.strip().startswith("50%")]
+    assert [line.split()[1] for line in lines] == ["DIMAP", "uniform"]
+    state = load_file(tmp_path / "swin_digits_dimap_0.50_seed0.safetensors")
+    prunable = [value for key, value in state.items() if "mlp.fc" in key and value.dim() == 2]
+    zeros = sum(int((value == 0).sum()) for value in prunable)
+    assert zeros == round(0.5 * sum(value.numel() for value in prunable))
+
+
+def test_prune_timm_writes_a_baked_model(tmp_path):
+    checkpoint, output = tmp_path / "dense.pth", tmp_path / "baked.safetensors"
+    torch.manual_seed(0)
+    torch.save(timm.create_model(SWIN).state_dict(), checkpoint)
+    done = run("examples/prune_timm.py", SWIN, "--amount", 0.15, "--checkpoint", checkpoint,
+               "--output", output)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model = timm.create_model(SWIN)
+    model.load_state_dict(load_file(output))
+    assert sum(int((p == 0).sum()) for p in model.parameters()) >= round(0.15 * 25_878_528)
+    assert os.listdir(tmp_path).count("baked.safetensors") == 1 and len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([SWIN, "--amount", 0.5, "--pretrained"], "no weights for swin_tiny"),
+        ([SWIN, "--amount", 0.5, "--checkpoint", "nowhere.pth"], "there is no file nowhere.pth"),
+        ([SWIN, "--amount", 1.5, "--random-init"], "--amount must lie between 0 and 1"),
+        (["swin_huge", "--amount", 0.5, "--random-init"], "timm knows no model 'swin_huge'"),
+        (["resnet18", "--amount", 0.5, "--random-init"], "group_parameters"),
+        ([SWIN, "--amount", 0.5], "one of the arguments"),
+    ],
+)
+def test_prune_timm_says_in_words_what_is_wrong(arguments, message):
+    done = run("examples/prune_timm.py", *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc"
+)
+def test_benchmark_of_pruning_writes_table_and_plot(tmp_path):
+    done = run("benchmarks/prune.py", "--models", SWIN, "--methods", "identity", "torch_dimap",
+               "--scaling", 1e5, 1e6, "--repeats", 1, "--output", tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["prune.csv", "prune.md", "prune.png"]
+    rows = list(csv.DictReader(open(tmp_path / "prune.csv")))
+    assert [(row["model"], row["method"]) for row in rows] == [
+        (SWIN, "identity"), (SWIN, "torch_dimap"), ("100000", "torch_dimap"),
+        ("1000000", "torch_dimap"),
+    ]  # fmt: skip
+    assert all(float(row["seconds"]) > 0 for row in rows)
