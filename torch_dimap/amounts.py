@@ -15,7 +15,7 @@ def check_amount(amount: Any, what: str) -> None:
             f"found {type(amount).__name__}."
         )
     if isinstance(amount, numbers.Integral):
-        if amount < 0:
+        if int(amount) < 0:
             raise ValueError(f"{what} must not be negative, found {amount}.")
     elif not 0.0 <= float(amount) <= 1.0:  # NaN fails it too
         raise ValueError(
@@ -28,7 +28,7 @@ def count_to_prune(amount: Any, unpruned: int, what: str) -> int:
     """Return how many of ``unpruned`` weights a checked ``amount`` stands for."""
     if not isinstance(amount, numbers.Integral):
         return round(float(amount) * unpruned)
-    if amount > unpruned:
+    if int(amount) > unpruned:
         raise ValueError(
             f"{what} asks to prune {amount} weights, but only {unpruned} are unpruned: "
             "lower it, or give a fraction."

@@ -26,7 +26,9 @@ entries, 20 bytes each; more where many entries tie at the cut).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -98,20 +100,40 @@ def select(
         ValueError: if ``count`` is negative or above the number of entries to choose
             from.
     """
-    layers = [_read(w, m) for w, m in zip(weights, masks or [None] * len(weights))]
-    zeros, nonzeros = (sum(counts) for counts in zip(*((x.zeros, x.nonzeros) for x in layers)))
-    if not 0 <= count <= zeros + nonzeros:
-        raise ValueError(
-            f"select(): count must lie between 0 and the {zeros + nonzeros} entries "
-            f"to choose from, found {count}."
-        )
-    if count <= zeros:
-        cuts, threshold = _cut_zeros(layers, count), 0.0
-    elif count == zeros + nonzeros:
-        cuts, threshold = [_Cut(math.inf, 0)] * len(layers), 1.0
-    else:
-        cuts, threshold = _cut_nonzeros(layers, count - zeros)
-    return [_mask(x, cut).view(w.shape) for x, cut, w in zip(layers, cuts, weights)], threshold
+    with _each_layer(weights) as each:
+        layers = list(each(_read, weights, masks or [None] * len(weights)))
+        zeros, nonzeros = sum(x.zeros for x in layers), sum(x.nonzeros for x in layers)
+        if not 0 <= count <= zeros + nonzeros:
+            raise ValueError(
+                f"select(): count must lie between 0 and the {zeros + nonzeros} entries "
+                f"to choose from, found {count}."
+            )
+        if count <= zeros:
+            cuts, threshold = _cut_zeros(layers, count), 0.0
+        elif count == zeros + nonzeros:
+            cuts, threshold = [_Cut(math.inf, 0)] * len(layers), 1.0
+        else:
+            cuts, threshold = _cut_nonzeros(layers, count - zeros, each)
+        keeps = [keep.view(w.shape) for keep, w in zip(each(_mask, layers, cuts), weights)]
+    return keeps, threshold
+
+
+@contextmanager
+def _each_layer(weights: Sequence[Tensor]) -> Iterator[Callable[..., Iterator]]:
+    """Yield a ``map`` that works on as many layers at once as torch has threads.
+
+    Left to itself torch would share every operation on a block among all threads, and
+    wherever another process holds a core each of these thousands of meetings waits for it.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or any(weight.device.type != "cpu" for weight in weights):
+        yield map
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:  # the workers' setting is also what threads started later would get
+        torch.set_num_threads(threads)
 
 
 def _block_size(tensor: Tensor) -> int:
@@ -164,12 +186,14 @@ def _cut_zeros(layers: list[_Layer], count: int) -> list[_Cut]:
     return cuts[::-1]
 
 
-def _cut_nonzeros(layers: list[_Layer], count: int) -> tuple[list[_Cut], float]:
+def _cut_nonzeros(
+    layers: list[_Layer], count: int, each: Callable[..., Iterator]
+) -> tuple[list[_Cut], float]:
     """Prune every zero, and of the rest the ``count`` lowest."""
-    samples = [_sample(layer) for layer in layers]
+    samples = list(each(_sample, layers))
     guess = _guess_threshold(samples, count)
     margins = [MARGIN] * len(layers)
-    found = [_candidates(x, _bracket(s, guess, MARGIN)) for x, s in zip(layers, samples)]
+    found = list(each(_candidates, layers, [_bracket(s, guess, MARGIN) for s in samples]))
     while True:
         inside = count - sum(c.below for c in found)
         if 0 < inside <= sum(c.score.numel() for c in found):

@@ -61,7 +61,7 @@ def inspect(
             _inspect_pair(pair, f"{where}[{i}]", importance_scores) for i, pair in enumerate(pairs)
         ]
         if not sum(target.orig.numel() for target in groups[group]):
-            raise ValueError(f"{CALL}: {where} holds no weights: leave the group out.")
+            raise ValueError(f"{CALL}: {where} holds no weights: list some, or leave it out.")
     targets = [target for group in groups.values() for target in group]
     if not targets:
         raise ValueError(f"{CALL}: parameters is empty, found no group and no pair to prune.")

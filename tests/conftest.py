@@ -1,0 +1,27 @@
+"""Models that several tests share."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+
+def make_swin() -> nn.Module:
+    """Return a timm Swin of two stages, small enough for a forward in milliseconds."""
+    torch.manual_seed(0)
+    return timm.models.swin_transformer.SwinTransformer(
+        img_size=16, patch_size=2, in_chans=1, num_classes=10, window_size=4,
+        embed_dim=16, depths=(2, 2), num_heads=(2, 4),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def swin() -> nn.Module:
+    return make_swin()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(1))
