@@ -208,6 +208,18 @@ def test_count_flops_credits_a_bypassed_layer_that_is_masked():
     assert count.layers["fc.weight"].masked == count.masked == 3 * (35 - 14)
 
 
+def test_count_flops_credits_a_bypassed_layer_whose_parent_refreshes_it():
+    model = Bypass()
+    prune.l1_unstructured(model.fc, "weight", amount=14)
+
+    def refresh(parent: Bypass, inputs: tuple) -> None:
+        parent.fc.weight = parent.fc.weight_orig * parent.fc.weight_mask
+
+    model.register_forward_pre_hook(refresh)
+    count = count_flops(model, torch.zeros(3, 5), [(model.fc, "weight")])
+    assert count.layers["fc.weight"] == (105, 63, 63) and count.dense == 105
+
+
 def test_count_flops_counts_fused_attention_like_the_products_it_fuses():
     def attention(w: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q @ w, k, v)
@@ -287,6 +299,7 @@ def test_count_flops_refuses_recurrent_layers():
         count_flops(model, torch.zeros(3, 1, 4), [(model, "weight_ih_l0")])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
 def test_count_flops_refuses_scripted_control_flow():
     @torch.jit.script
     def repeat(x: Tensor, times: int) -> Tensor:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from torch_dimap import (
-    global_module_aware_unstructured,
-    group_parameters,
-    remove_all,
-    summarize,
-)
+from torch_dimap import remove_all, summarize
 
 
 def small() -> tuple[nn.Sequential, dict[str, list]]:
@@ -159,55 +152,3 @@ def test_summarize_refuses_thresholds_of_other_groups():
         summarize(model, parameters=groups, thresholds={"qkv": 0.1})
     with pytest.raises(TypeError, match="mapping group -> threshold.*found float"):
         summarize(model, parameters=groups, thresholds=0.1)
-
-
-# Model -> all parameters, the prunable, dense FLOPs.
-SIZES = {
-    "base": (87_768_224, 83_755_008, 15_467_826_176),
-    "small": (49_606_258, 47_112_192, 8_768_534_784),
-    "tiny": (28_288_354, 25_878_528, 4_509_194_496),
-}
-# Model, amount -> parameters kept; and in per cent what the paper's Table 1 says went of
-# the parameters and of the FLOPs.
-TABLE1 = [
-    ("base", 0.15, 75_204_972, 14.3, 14.4),
-    ("base", 0.35, 58_453_972, 33.4, 33.5),
-    ("base", 0.55, 41_702_969, 52.5, 52.7),
-    ("small", 0.15, 42_539_430, 14.2, 14.3),
-    ("small", 0.35, 33_116_990, 33.2, 33.2),
-    ("small", 0.55, 23_694_553, 52.2, 52.3),
-    ("tiny", 0.15, 24_406_574, 13.7, 13.9),
-    ("tiny", 0.35, 19_230_870, 32.0, 32.4),
-    ("tiny", 0.55, 14_055_163, 50.3, 50.8),
-]
-
-
-@pytest.fixture(scope="module")
-def dense():
-    """Build each model once; a fresh copy costs a tenth of it."""
-    models: dict[str, nn.Module] = {}
-
-    def build(size: str) -> nn.Module:
-        if size not in models:
-            models.clear()
-            models[size] = timm.create_model(f"swin_{size}_patch4_window7_224")
-        return copy.deepcopy(models[size])
-
-    return build
-
-
-@pytest.mark.parametrize("size, amount, kept, parameters_gone, flops_gone", TABLE1)
-def test_summarize_gives_table_1_of_the_paper(
-    dense, size, amount, kept, parameters_gone, flops_gone
-):
-    model = dense(size)
-    thresholds = global_module_aware_unstructured(group_parameters(model), amount=amount)
-    summary = summarize(model, torch.zeros(1, 3, 224, 224), thresholds=thresholds)
-    whole, flops = summary.model, summary.model.flops
-    assert (whole.weights, summary.prunable.weights, flops.dense) == SIZES[size]
-    assert whole.weights - whole.zeros == kept
-    assert 100 * whole.zeros / whole.weights == pytest.approx(parameters_gone, abs=0.1)
-    assert 100 * (1 - flops.uniform / flops.dense) == pytest.approx(flops_gone, abs=0.1)
-    # The mask-weighted count is another number: late layers lose more, and cost less.
-    assert flops.masked > flops.uniform
-    assert all(group.threshold > 0 for group in summary.groups)

@@ -109,7 +109,7 @@ def plot_density(
     named = len(layers) <= _NAMED
     names = max(len(layer.label) for _, layer, _ in layers) if named else 0
     width = min(16.0, max(6.4, 0.1 * len(layers)))
-    figure, (axes,) = _panels(1, width, height=4.2 + 0.06 * names)
+    figure, (axes,) = _panels(1, width, height=3.6 + 0.06 * names)
     groups = list(dict.fromkeys(group for group, _, _ in layers))
     for group in groups:
         at = [i for i, (own, _, _) in enumerate(layers) if own == group]
@@ -195,7 +195,8 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
         ) from error
     columns = min(count, 4 if count > 6 else 2)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    size = (columns * width, rows * height + 0.6)  # and a legend above
+    figure = Figure(figsize=size, layout="constrained")
     panels = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
     return figure, panels
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch_dimap.flops import Flops, count_flops
 from torch_dimap.grouping import Pair
 from torch_dimap.layers import Layer, find_layers
+from torch_dimap.tables import aligned, markdown
 
 NOTE = (
     "FLOPs: multiply-adds for inputs of {inputs}. masked: every layer weighted by its own\n"
@@ -95,15 +96,7 @@ class Summary:
 
     def __str__(self) -> str:
         """Return a table for people: aligned, sections apart, with its note."""
-        header, *body = self._cells()
-        widths = [max(map(len, column)) for column in zip(header, *body)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 3 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths))
-            ).rstrip()
-            for row in [header, *body]
-        ]
+        lines = aligned(self._cells(), left=3)
         rule = "-" * max(map(len, lines))
         for last in (len(self.layers) + len(self.groups), len(self.layers), 0):
             lines.insert(last + 1, rule)
@@ -111,9 +104,7 @@ class Summary:
 
     def to_markdown(self) -> str:
         """Return the same as a Markdown table, with its note below."""
-        header, *body = self._cells()
-        ruler = ["---"] * 3 + ["---:"] * (len(header) - 3)
-        table = "\n".join(f"| {' | '.join(row)} |" for row in [header, ruler, *body])
+        table = markdown(self._cells(), left=3)
         return f"{table}\n\n{self.note}" if self.note else table
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,138 @@
+"""The command line: what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from torch_dimap import global_module_aware_unstructured, group_parameters, remove_all, summarize
+from torch_dimap.__main__ import COMMANDS, main
+
+NAME = "swin_tiny_patch4_window7_224"
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    """A pruned model, the densities of its layers, and its state dicts, masked and baked."""
+    model = timm.create_model(NAME, num_classes=10)
+    global_module_aware_unstructured(group_parameters(model), amount=0.5)
+    masked = {key: value.clone() for key, value in model.state_dict().items()}
+    summary = summarize(remove_all(model))
+    return summary, masked, model.state_dict()
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_summarize_takes_the_name_of_a_model(capsys):
+    code, out, _ = run(capsys, "summarize", NAME, "--format", "json")
+    data = json.loads(out)
+    assert code == 0 and data["model"]["dense_flops"] == 4_509_194_496
+    assert [group["name"] for group in data["groups"]] == ["qkv", "proj", "mlp"]
+
+
+def test_summarize_counts_flops_for_another_size(capsys):
+    _, out, _ = run(capsys, "summarize", NAME, "--img-size", "112", "--num-classes", "10")
+    assert "inputs of 1x3x112x112" in out
+
+
+@pytest.mark.parametrize("kind", ["masked.pt", "baked.pt", "wrapped.pth", "baked.safetensors"])
+def test_summarize_takes_a_file(capsys, tmp_path, pruned, kind):
+    summary, masked, baked = pruned
+    path = tmp_path / kind
+    if kind == "baked.safetensors":
+        safetensors.torch.save_file(baked, path)
+    else:
+        states = {"masked.pt": masked, "baked.pt": baked, "wrapped.pth": {"state_dict": baked}}
+        torch.save(states[kind], path)
+    code, out, _ = run(capsys, "summarize", path, "--format", "json")
+    assert code == 0 and json.loads(out) == json.loads(json.dumps(summary.to_dict()))
+
+
+def test_summarize_of_a_file_counts_flops_when_told_the_model(capsys, tmp_path, pruned):
+    summary, _, baked = pruned
+    torch.save(baked, tmp_path / "baked.pt")
+    code, out, _ = run(
+        capsys,
+        *("summarize", tmp_path / "baked.pt", "--model", NAME),
+        *("--num-classes", 10, "--format", "csv"),
+    )
+    rows = list(csv.DictReader(out.splitlines()))
+    assert code == 0 and int(rows[-1]["zeros"]) == summary.model.zeros
+    assert int(rows[-1]["masked_flops"]) < int(rows[-1]["dense_flops"])
+
+
+def test_summarize_can_leave_flops_out(capsys):
+    _, out, _ = run(capsys, "summarize", NAME, "--no-flops", "--format", "markdown")
+    assert out.startswith("| layer | group | shape |") and "FLOPs" not in out
+
+
+def test_table1_prints_markdown(capsys):
+    code, out, _ = run(capsys, "table1", "--sizes", "tiny", "--markdown")
+    assert code == 0 and out.splitlines()[2].startswith("| Swin-T | 15% | 24.41 M | 24.4 M |")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["swin_tiny_patch4"], "found neither: did you mean swin_tiny_patch4_window7_224"),
+        (["resnet18"], "no layer of ResNet is named like"),
+        ([NAME, "--model", NAME], "--model and a file go together"),
+    ],
+)
+def test_summarize_fails_on_one_line(capsys, arguments, message):
+    code, out, err = run(capsys, "summarize", *arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith("python -m torch_dimap summarize: error: ") and message in err
+    assert err.count("\n") == 1
+
+
+def test_summarize_says_what_is_wrong_with_a_file(capsys, tmp_path, pruned):
+    path = tmp_path / "notes.pt"
+    path.write_text("not weights")
+    assert "must be a checkpoint" in run(capsys, "summarize", path)[2]
+    torch.save({"epoch": 3}, path)
+    assert "found no tensor in it" in run(capsys, "summarize", path)[2]
+    torch.save(pruned[2], path)
+    code, _, err = run(capsys, "summarize", path, "--model", NAME)
+    assert code == 1 and "head.fc.weight, head.fc.bias missing or of another shape" in err
+    assert "file go together" in run(capsys, "summarize", path, "--pretrained")[2]
+
+
+def test_pretrained_weights_that_cannot_be_had_are_an_error_on_one_line(capsys, monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    code, _, err = run(capsys, "table1", "--pretrained", "--sizes", "tiny")
+    assert code == 1 and err.count("\n") == 1
+    assert "weights of swin_tiny_patch4_window7_224.ms_in1k cannot be had (no route)" in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["prune-all"], ["summarize"], ["table1", "--sizes"]])
+def test_arguments_that_make_no_sense_exit_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and "usage: python -m torch_dimap" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0 and COMMANDS[command].help in capsys.readouterr().out
+
+
+def test_the_module_runs():
+    command = [sys.executable, "-m", "torch_dimap", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "torch_dimap 0.1.0\n"

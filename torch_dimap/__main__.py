@@ -1,0 +1,165 @@
+"""The command line: ``python -m torch_dimap COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from torch_dimap import __version__
+from torch_dimap.sources import build, load_weights, read_weights, skeleton
+from torch_dimap.summary import Summary, summarize
+from torch_dimap.table1 import PAPER, table1, table1_cells
+from torch_dimap.tables import aligned, markdown
+
+
+class Command(NamedTuple):
+    """One subcommand: an entry in ``COMMANDS``."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], str]  # returns what goes to the standard output
+
+
+def _summarize_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="MODEL_OR_FILE",
+        help="a model of timm by name, or a checkpoint: safetensors, or what torch.save wrote",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="the timm model that the file's weights are of; with it FLOPs are counted",
+    )
+    parser.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="load timm's weights for a model given by name (default: random weights)",
+    )
+    parser.add_argument("--num-classes", type=int, metavar="N", help="of the model's head")
+    parser.add_argument(
+        "--img-size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the image to count FLOPs for (default: the model's own)",
+    )
+    parser.add_argument("--no-flops", action="store_true", help="count weights only")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="text", help="of the table (default: %(default)s)"
+    )
+
+
+FORMATS: dict[str, Callable[[Summary], str]] = {
+    "text": str,
+    "markdown": Summary.to_markdown,
+    "csv": lambda summary: summary.to_csv().rstrip("\n"),
+    "json": lambda summary: json.dumps(summary.to_dict(), indent=2),
+}
+
+
+def _summarize(arguments: argparse.Namespace) -> str:
+    source, name = arguments.source, arguments.model
+    is_file = os.path.isfile(source)
+    if is_file and arguments.pretrained or name and not is_file:
+        raise ValueError(
+            "--model and a file go together, and so do --pretrained and a model's name; "
+            f"{source!r} is {'a file' if is_file else 'no file'}."
+        )
+    if is_file and not name:
+        return FORMATS[arguments.format](summarize(skeleton(read_weights(source))))
+    settings = {"num_classes": arguments.num_classes, "img_size": arguments.img_size}
+    given = {key: value for key, value in settings.items() if value is not None}
+    model = build(name or source, arguments.pretrained, **given)
+    if is_file:
+        load_weights(model, read_weights(source), source)
+    inputs = None
+    if not arguments.no_flops:
+        config: Any = getattr(model, "pretrained_cfg", {})
+        channels, *sides = config.get("input_size", (3, 224, 224))
+        size = [arguments.img_size] * 2 if arguments.img_size else sides
+        inputs = torch.zeros(1, channels, *size)
+    return FORMATS[arguments.format](summarize(model, inputs))
+
+
+def _table1_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sizes", nargs="+", choices=PAPER, default=list(PAPER), help="(default: all)"
+    )
+    parser.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="use timm's ImageNet-1K weights, downloaded unless cached (default: random)",
+    )
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+
+
+TABLE1_NOTE = """\
+ours: counted here, with {weights} weights. paper: as printed there.
+FLOPs are multiply-adds. uniform, the paper's convention: amount x FLOPs of the prunable
+layers, whatever the weights. masked: every layer weighted by its own density, which
+depends on the weights{caution}; the paper has no such number.
+Savings are theoretical: dense kernels do not run faster on zeros."""
+
+
+def _table1(arguments: argparse.Namespace) -> str:
+    cells = table1_cells(table1(arguments.sizes, arguments.pretrained))
+    table = markdown(cells, left=2) if arguments.markdown else "\n".join(aligned(cells, left=2))
+    note = TABLE1_NOTE.format(
+        weights="timm's ImageNet-1K" if arguments.pretrained else "random",
+        caution="" if arguments.pretrained else ", and random ones tell little of trained ones",
+    )
+    return f"{table}\n\n{note}"
+
+
+COMMANDS = {
+    "summarize": Command(
+        "tell what pruning has left, by layer, by group and in all",
+        _summarize_arguments,
+        _summarize,
+    ),
+    "table1": Command(
+        "count the models of the paper's Table 1 beside its numbers",
+        _table1_arguments,
+        _table1,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name. Default: those of the process.
+
+    Returns:
+        The exit code: 0, or 1 after an error, told in one line on the standard error.
+        Arguments that cannot be parsed exit with 2, as usual with argparse.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m torch_dimap",
+        description="Data-independent module-aware pruning (DIMAP) of vision transformers.",
+    )
+    parser.add_argument("--version", action="version", version=f"torch_dimap {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        command.add_arguments(
+            commands.add_parser(name, help=command.help, description=command.help)
+        )
+    arguments = parser.parse_args(argv)
+    try:
+        print(COMMANDS[arguments.command].run(arguments))
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"{parser.prog} {arguments.command}: error: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
