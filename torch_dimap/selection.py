@@ -126,7 +126,7 @@ def _each_layer(weights: Sequence[Tensor]) -> Iterator[Callable[..., Iterator]]:
     wherever another process holds a core each of these thousands of meetings waits for it.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or any(weight.device.type != "cpu" for weight in weights):
+    if min(threads, len(weights)) == 1 or any(w.device.type != "cpu" for w in weights):
         yield map
         return
     try:
