@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections import Counter
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 Pair = tuple[nn.Module, str]
+Rule = Callable[[str, nn.Module, str], "str | None"]
 
-# The paper's three modules (Sec. 3.1, Fig. 3): group -> names of its layers, matched
-# against the end of the qualified name. What matches none of them is auxiliary and
-# stays dense: patch embedding and merging, norms, position biases, the head.
-LAYERS = {
-    "qkv": re.compile(r"(^|\.)attn\.qkv$"),
-    "proj": re.compile(r"(^|\.)attn\.proj$"),
-    "mlp": re.compile(r"(^|\.)mlp\.fc[12]$"),
-}
+# The modules that hold a block's attention or MLP, and what a single layer may be wrapped
+# in: a container that joins it with its norm, or puts an activation before it.
+_ATTENTION = r"(?:^|\.)(?:\w*(?:attn|attention|att_)\w*|token_mixer|mixer\.m|xca|e_mhsa)"
+_ATTENTION += r"(?:\.(?:self|\d))?\."
+_MLP = r"(?:^|\.)(?:mlp(?:\d|_in|_layer|_tokens|_channels)?|ffn\d?(?:\.m)?)\."
+_WRAPPED = r"(?:\.(?:conv|convolution|linear|ln|proj|c|\d))*$"
+
+# The paper's three modules (Sec. 3.1, Fig. 3) under the names that models give them: the
+# first pattern found in a layer's qualified name decides. What none of them matches, or
+# one of group None does, is auxiliary and stays dense. Reasons: docs/backbones.md.
+RULES: tuple[tuple[str | None, re.Pattern[str]], ...] = tuple(
+    (group, re.compile(pattern))
+    for group, pattern in (
+        (None, r"(?:^|\.)(?:heads?|attn_pool|\w*rel_pos)\."),
+        ("qkv", _ATTENTION + r"(?:(?:to_)?qkvs?|qk|kv|[qkv]|w[qkv]|(?:qkv|[qkv])_proj)" + _WRAPPED),
+        ("qkv", _ATTENTION + r"(?:to_|projection_)?(?:query|key|value)" + _WRAPPED),
+        ("qkv", r"(?:^|\.)attn\.attn$"),
+        ("proj", _ATTENTION + r"(?:proj|o_proj|out_proj|output\.dense|output|merge)" + _WRAPPED),
+        ("mlp", _MLP + r"(?:fc\d(?:_[gx])?|w\d+|dense\d|lin\d|conv\d|pw\d|ln\d|\d)" + _WRAPPED),
+        ("mlp", _MLP + r"(?:(?:gate|up|down)_proj|weights_(?:in|out))" + _WRAPPED),
+        ("mlp", r"(?:^|\.)(?:intermediate|output)\.dense$"),
+    )
+)
+GROUPS = ("qkv", "proj", "mlp")
+_IN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-def group_parameters(
-    model: nn.Module, rule: Callable[[str, nn.Module, str], str | None] | None = None
-) -> dict[str, list[Pair]]:
+def group_parameters(model: nn.Module, rule: Rule | None = None) -> dict[str, list[Pair]]:
     """Group a model's prunable weights into the paper's modules.
 
-    Covers the Swin Transformers (v1) of timm, of every size, and models that name
-    their layers alike. Weights only, never biases. A pruned model is grouped like
-    the dense one.
+    Knows the names that the vision transformers of timm, torchvision and Hugging Face
+    transformers give to their layers, wherever in the model and however wrapped these
+    are: ``docs/coverage.md`` lists the families, ``docs/backbones.md`` says what goes
+    where and why. Weights of ``nn.Linear``, 1x1 ``nn.Conv2d`` and
+    ``nn.MultiheadAttention`` only, never biases. A pruned model is grouped like the
+    dense one. Warns if less than half of the weights in the model's blocks are found.
 
     Args:
         model: the model; it is only read.
@@ -43,7 +65,8 @@ def group_parameters(
 
     Raises:
         TypeError: if the rule returns something else than a string or None.
-        ValueError: if no parameter is put into any group.
+        ValueError: if no parameter is put into any group, or one is that the model
+            uses in a second place too (tied weights).
 
     Source: He and Zhou, ICLR 2024, Sec. 3.1, Fig. 3 and App. B.
 
@@ -61,41 +84,104 @@ def group_parameters(
         ...     for i, pair in enumerate(pairs)
         ... }
     """
-    groups: dict[str, list[Pair]] = {} if rule else {group: [] for group in LAYERS}
+    groups: dict[str, list[Pair]] = {} if rule else {group: [] for group in GROUPS}
+    places: dict[Tensor, tuple[str, str | None]] = {}
     for qualified_name, module in model.named_modules():
-        for parameter, _ in module.named_parameters(recurse=False):
+        for parameter, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
             name = _unpruned_name(module, parameter)
-            group = (rule or _swin_rule)(qualified_name, module, name)
-            if group is None:
-                continue
-            if not isinstance(group, str):
+            group = (rule or builtin_rule)(qualified_name, module, name)
+            place = f"{qualified_name}.{name}".removeprefix(".")
+            if not isinstance(group, (str, type(None))):
                 raise TypeError(
                     f"group_parameters(): rule must return a group's name or None, found "
-                    f"{type(group).__name__} for {qualified_name}.{name}."
+                    f"{type(group).__name__} for {place}."
                 )
-            groups.setdefault(group, []).append((module, name))
-    groups = {group: pairs for group, pairs in groups.items() if pairs}
-    if not groups:
-        kind = type(model).__name__
-        raise ValueError(
-            f"group_parameters(): rule put no parameter of {kind} into a group."
-            if rule
-            else f"group_parameters(): no layer of {kind} is named like the query/key/value, "
-            "attention projection or MLP layers of a Swin Transformer: pass rule= to say which "
-            "parameters belong together."
-        )
-    return groups
+            _refuse_tied(place, group, places.setdefault(tensor, (place, group)))
+            if group is not None:
+                groups.setdefault(group, []).append((module, name))
+    _check_coverage(model, rule, places)
+    return {group: pairs for group, pairs in groups.items() if pairs}
 
 
-def _swin_rule(qualified_name: str, module: nn.Module, name: str) -> str | None:
-    if name == "weight" and isinstance(module, nn.Linear):
-        for group, pattern in LAYERS.items():
-            if pattern.search(qualified_name):
-                return group
-    return None
+def builtin_rule(qualified_name: str, module: nn.Module, name: str) -> str | None:
+    """Tell the group of one parameter by its name and type: see :data:`RULES`.
+
+    Made to be called in a rule of one's own, which then only says what is different.
+
+    Example:
+        >>> def only_mlps(qualified_name, module, name):
+        ...     group = builtin_rule(qualified_name, module, name)
+        ...     return group if group == "mlp" else None
+    """
+    layer = qualified_name
+    if isinstance(module, nn.MultiheadAttention) and name in _IN_PROJECTIONS:
+        layer += ".attn.qkv"
+    elif isinstance(module, NonDynamicallyQuantizableLinear) and name == "weight":
+        layer += ".attn.proj"  # torch has this type for the out_proj of MultiheadAttention only
+    elif name != "weight" or not _is_linear(module):
+        return None
+    return next((group for group, pattern in RULES if pattern.search(layer)), None)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size == (1, 1)
+    return isinstance(module, nn.Linear)
 
 
 def _unpruned_name(module: nn.Module, parameter: str) -> str:
     """Undo the renaming that torch's pruning does to a parameter."""
     name = parameter.removesuffix("_orig")
     return name if f"{name}_mask" in module._buffers else parameter
+
+
+def _refuse_tied(place: str, group: str | None, first: tuple[str, str | None]) -> None:
+    if place != first[0] and (group or first[1]):
+        raise ValueError(
+            f"group_parameters(): expected a weight of its own in every place, found one tensor "
+            f"tied to {first[0]} and {place}, which torch masks in one place only: untie it "
+            "(give one of them a copy as nn.Parameter), or leave both out with rule=."
+        )
+
+
+def _check_coverage(
+    model: nn.Module, rule: Rule | None, places: dict[Tensor, tuple[str, str | None]]
+) -> None:
+    """Raise if nothing was grouped; warn if the rule missed most of what the blocks hold."""
+    kind = type(model).__name__
+    found = sum(tensor.numel() for tensor, (_, group) in places.items() if group)
+    if rule and not found:
+        raise ValueError(
+            f"group_parameters(): rule put no parameter of {kind} into a group: it is called as "
+            "rule(qualified_name, module, name) and returns a group's name."
+        )
+    if rule:
+        return
+    missed = _repeated({tensor: place for tensor, (place, group) in places.items() if not group})
+    largest = ", ".join(name for name, _ in missed.most_common(3))
+    if not found:
+        raise ValueError(
+            f"group_parameters(): expected layers named like the query/key/value, attention "
+            f"projection or MLP layers of a vision transformer, found none in {kind}"
+            + (f", whose blocks hold {largest}" if largest else "")
+            + ": pass rule= to say which parameters belong together."
+        )
+    share = found / (found + missed.total())
+    if share < 0.5:
+        warnings.warn(
+            f"group_parameters(): only {share:.0%} of the weights in the blocks of {kind} are "
+            f"recognised; {largest} and the like stay dense: pass rule= to group them too.",
+            stacklevel=3,
+        )
+
+
+def _repeated(places: dict[Tensor, str]) -> Counter[str]:
+    """Count the weights of every kind of matrix or kernel that a model has several times."""
+    weights: Counter[str] = Counter()
+    times: Counter[str] = Counter()
+    for tensor, place in places.items():
+        if tensor.dim() > 1:
+            kind = re.sub(r"\d+", "*", place)
+            weights[kind] += tensor.numel()
+            times[kind] += 1
+    return Counter({kind: weights[kind] for kind in weights if times[kind] > 1})
