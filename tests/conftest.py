@@ -25,3 +25,12 @@ def swin() -> nn.Module:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def one_thread():
+    """Run small tensors on one thread: where cores are shared, more of them only wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from torch_dimap.hooks import note_readers, survey
+
 Pair = tuple[nn.Module, str]
 Rule = Callable[[str, nn.Module, str], "str | None"]
 
@@ -37,6 +39,8 @@ RULES: tuple[tuple[str | None, re.Pattern[str]], ...] = tuple(
     )
 )
 GROUPS = ("qkv", "proj", "mlp")
+# What surrounds the blocks, and does not count when asked how much of these is known.
+_NO_BLOCK = re.compile(r"(?:^|\.)(?:heads?|attn_pool|stem|downsample|\w*embed\w*)(?:\.|$)")
 _IN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -86,7 +90,7 @@ def group_parameters(model: nn.Module, rule: Rule | None = None) -> dict[str, li
     """
     groups: dict[str, list[Pair]] = {} if rule else {group: [] for group in GROUPS}
     places: dict[Tensor, tuple[str, str | None]] = {}
-    for qualified_name, module in model.named_modules():
+    for module, (qualified_name, readers) in survey(model).items():
         for parameter, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
             name = _unpruned_name(module, parameter)
             group = (rule or builtin_rule)(qualified_name, module, name)
@@ -99,6 +103,7 @@ def group_parameters(model: nn.Module, rule: Rule | None = None) -> dict[str, li
             _refuse_tied(place, group, places.setdefault(tensor, (place, group)))
             if group is not None:
                 groups.setdefault(group, []).append((module, name))
+                note_readers(module, readers)
     _check_coverage(model, rule, places)
     return {group: pairs for group, pairs in groups.items() if pairs}
 
@@ -176,11 +181,11 @@ def _check_coverage(
 
 
 def _repeated(places: dict[Tensor, str]) -> Counter[str]:
-    """Count the weights of every kind of matrix or kernel that a model has several times."""
+    """Count the weights of every kind of matrix or kernel that a model's blocks repeat."""
     weights: Counter[str] = Counter()
     times: Counter[str] = Counter()
     for tensor, place in places.items():
-        if tensor.dim() > 1:
+        if tensor.dim() > 1 and not _NO_BLOCK.search(place):
             kind = re.sub(r"\d+", "*", place)
             weights[kind] += tensor.numel()
             times[kind] += 1

@@ -13,9 +13,10 @@ from torch.nn.utils import prune
 
 from torch_dimap.amounts import amounts_by_group, check_amount, count_to_prune
 from torch_dimap.grouping import Pair
+from torch_dimap.hooks import hold, known_readers, pruning_methods, release
 from torch_dimap.importance import check_finite
 from torch_dimap.selection import select
-from torch_dimap.targets import CALL, Target, inspect, pruning_methods
+from torch_dimap.targets import CALL, Target, inspect
 
 
 class DimapUnstructured(prune.BasePruningMethod):
@@ -166,10 +167,14 @@ def global_module_aware_unstructured(
         else:
             chosen = _choose_flat(method, targets)
         masks[group], thresholds[group] = chosen
-    with _all_or_nothing([target for targets in groups.values() for target in targets]):
+    everything = [target for targets in groups.values() for target in targets]
+    readers = known_readers(target.module for target in everything)
+    with _all_or_nothing(everything, readers):
         for group, targets in groups.items():
             for target, mask in zip(targets, masks[group]):
                 _attach(target, pruning_method(**settings[group]), mask)
+        for reader in readers:
+            hold(reader)
     _warn_of_empty(groups, masks)
     return thresholds
 
@@ -185,10 +190,11 @@ def remove_all(model: nn.Module) -> nn.Module:
     Returns:
         ``model``.
     """
-    for module in model.modules():
+    for module in reversed(list(model.modules())):  # inner ones first
         for method in pruning_methods(module):
             with torch.no_grad():
                 prune.remove(module, method._tensor_name)
+        release(module)
     return model
 
 
@@ -270,11 +276,11 @@ def _container(
 
 
 @contextmanager
-def _all_or_nothing(targets: list[Target]) -> Iterator[None]:
+def _all_or_nothing(targets: list[Target], readers: list[nn.Module]) -> Iterator[None]:
     """Put all modules back as they were if the block fails."""
     before: list[tuple[MutableMapping, dict]] = [
         (table, dict(table))
-        for module in {target.module: None for target in targets}
+        for module in dict.fromkeys([*(target.module for target in targets), *readers])
         for table in (module._parameters, module._buffers, module._forward_pre_hooks)
     ]
     weights = [(t, vars(t.module)[t.name]) for t in targets if t.name in vars(t.module)]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from torch_dimap.grouping import Pair
+from torch_dimap.hooks import pruning_methods
 from torch_dimap.importance import check_finite
 
 CALL = "global_module_aware_unstructured()"
@@ -30,11 +31,6 @@ class Target(NamedTuple):
     @property
     def unpruned(self) -> int:
         return self.orig.numel() if self.mask is None else int(self.mask.count_nonzero())
-
-
-def pruning_methods(module: nn.Module) -> list[prune.BasePruningMethod]:
-    hooks = module._forward_pre_hooks.values()
-    return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
 
 
 def inspect(
