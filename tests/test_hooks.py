@@ -195,7 +195,12 @@ def test_layers_that_are_not_called_have_readers_with_a_hook(family):
     for training in (True, False):
         called.clear()
         outputs(model.train(training), images(family))
-        held = {layer for m in readers(model) if m in called for layer, _ in hooks._pruned_inside(m)}
+        held = {
+            layer
+            for reader in readers(model)
+            if reader in called
+            for layer, _ in hooks._pruned_inside(reader)
+        }
         for module in model.modules():
             assert not hooks.pruning_methods(module) or module in called | held
 

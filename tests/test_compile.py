@@ -1,0 +1,137 @@
+"""A pruned model under torch's transformations gives what the baked model gives."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import warnings
+
+import pytest
+import torch
+from backbones import BYPASSING, baked, build, images, outputs
+from torch.utils.checkpoint import checkpoint
+
+import torch_dimap
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        # torch names every attribute that a forward sets, which pruning hooks always do
+        warnings.filterwarnings("ignore", message="While compiling, we found certain side effects")
+        warnings.filterwarnings("ignore", message="The tensor attributes .* were assigned during")
+        yield
+
+
+def pruned(family):
+    model = build(family)
+    groups = torch_dimap.group_parameters(model)
+    torch_dimap.global_module_aware_unstructured(groups, amount=0.55)
+    return model
+
+
+def gradients(model):
+    return {name.removesuffix("_orig"): p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "family", ["swin", "swinv2", "beit", "torchvision swin", "torchvision vit"]
+)
+def test_compile_takes_the_full_graph(family):
+    """Every dense model in the list compiles so, which the baked one shows."""
+    model, x = pruned(family).train(), images(family)
+    dense = baked(model, family)
+    for one in (model, dense):
+        outputs(torch.compile(one, fullgraph=True, backend="aot_eager"), x).sum().backward()
+    expected = gradients(dense)
+    for name, gradient in gradients(model).items():
+        if gradient is not None:
+            mask = dict(model.named_buffers()).get(f"{name}_mask", True)
+            torch.testing.assert_close(gradient, expected[name] * mask, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile's CPU code needs a compiler")
+@pytest.mark.parametrize("family", ["torchvision vit"])
+def test_compile_in_its_default_mode_follows_the_optimizer(family):
+    model, x = pruned(family), images(family)
+    compiled = torch.compile(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    outputs(compiled.train(), x).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(outputs(compiled, x), outputs(baked(model, family), x))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            outputs(compiled.eval(), x), outputs(baked(model, family), x), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("family", ["swin", "torchvision swin_v2", "torchvision vit"])
+def test_export(family, strict):
+    model, x = pruned(family).eval(), images(family)
+    before = model.state_dict().keys()
+    program = torch.export.export(model, (x,), strict=strict).module()
+    torch.testing.assert_close(program(x), outputs(baked(model, family), x))
+    assert model.state_dict().keys() == before
+    assert torch.equal(outputs(model, x), outputs(baked(model, family), x))
+
+
+def test_script_takes_the_baked_copy():
+    """torch.jit.script compiles no hook that is an object, torch's own pruning included."""
+    model, x = pruned("torchvision swin").eval(), images("torchvision swin")
+    with pytest.raises(AttributeError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        script = torch.jit.script(torch_dimap.remove_all(copy.deepcopy(model)))
+    torch.testing.assert_close(script(x), model(x))
+
+
+@pytest.mark.parametrize("family", ["swin", "pvt_v2", "maxvit", *BYPASSING])
+def test_autocast(family):
+    model, x = pruned(family).train(), images(family)
+    dense = baked(model, family)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = outputs(model, x), outputs(dense, x)
+    assert torch.equal(found, expected)
+    found.float().sum().backward()
+    expected.float().sum().backward()
+    expected = gradients(dense)
+    for name, gradient in gradients(model).items():
+        mask = dict(model.named_buffers()).get(f"{name}_mask", True)
+        assert torch.equal(gradient, expected[name] * mask)
+
+
+@pytest.mark.parametrize("family", ["swin", "swinv2", "beit", "eva02", "transformers SwinModel"])
+def test_gradient_checkpointing_of_the_model(family):
+    if family.startswith("transformers"):
+        pytest.importorskip("transformers")
+    model, x = pruned(family).train(), images(family)
+    outputs(model, x).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    switch = getattr(model, "gradient_checkpointing_enable", None) or model.set_grad_checkpointing
+    switch()
+    outputs(model, x).sum().backward()
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, expected[name])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["torchvision swin", "torchvision vit", "vit"])
+def test_gradient_checkpointing_of_a_part(family, reentrant):
+    model, x = pruned(family).train(), images(family)
+    outputs(model, x).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    part = model.features if hasattr(model, "features") else None
+    part = part or (model.encoder.layers if hasattr(model, "encoder") else model.blocks)
+    forward = part.forward
+    part.forward = lambda y: checkpoint(forward, y, use_reentrant=reentrant)
+    outputs(model, x.requires_grad_()).sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name])
