@@ -49,6 +49,15 @@ def work(rank, address):
         torch.testing.assert_close(model.state_dict(), alone.state_dict(), rtol=1e-4, atol=1e-5)
         model.eval(), alone.eval()
         torch.testing.assert_close(outputs(model, x), outputs(alone, x), rtol=1e-4, atol=1e-5)
+    wrapped = DistributedDataParallel(build("swinv2").train())
+    train(wrapped, [x[rank::2]])  # dense, and then pruned alike on either side
+    torch_dimap.global_module_aware_unstructured(
+        torch_dimap.group_parameters(wrapped), amount=0.55
+    )
+    train(wrapped, [x[rank::2]])
+    states = [None, None]
+    dist.all_gather_object(states, wrapped.state_dict())
+    torch.testing.assert_close(*states, rtol=0, atol=0)
     dist.destroy_process_group()
 
 

@@ -401,6 +401,16 @@ def test_group_parameters_refuses_query_key_value_and_mlp_in_one_matrix():
         torch_dimap.group_parameters(build("vit_base_patch16_xp_224"))
 
 
+def test_group_parameters_refuses_what_is_no_module():
+    with pytest.raises(TypeError, match="model must be an nn.Module, found str"):
+        torch_dimap.group_parameters("swin_tiny_patch4_window7_224")
+
+
+def test_group_parameters_refuses_a_scripted_model():
+    with pytest.raises(ValueError, match="found none in"):
+        torch_dimap.group_parameters(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)))
+
+
 def test_group_parameters_refuses_a_single_layer():
     with pytest.raises(ValueError, match="found none in Linear: pass rule="):
         torch_dimap.group_parameters(nn.Linear(2, 2))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -48,19 +49,19 @@ def group_parameters(model: nn.Module, rule: Rule | None = None) -> dict[str, li
     """Group a model's prunable weights into the paper's modules.
 
     Knows the names that the vision transformers of timm, torchvision and Hugging Face
-    transformers give to their layers, wherever in the model and however wrapped these
-    are: ``docs/coverage.md`` lists the families, ``docs/backbones.md`` says what goes
-    where and why. Weights of ``nn.Linear``, 1x1 ``nn.Conv2d`` and
-    ``nn.MultiheadAttention`` only, never biases. A pruned model is grouped like the
-    dense one. Warns if less than half of the weights in the model's blocks are found.
+    transformers give to their layers, also inside other models: ``docs/coverage.md``
+    lists the families, ``docs/backbones.md`` says what goes where and why. Takes weights
+    of ``nn.Linear``, 1x1 ``nn.Conv2d`` and ``nn.MultiheadAttention``, never biases; of a
+    pruned model the same as of the dense one. Warns if it knows less than half of the
+    weights in the model's blocks.
 
     Args:
         model: the model; it is only read.
-        rule: called as ``rule(qualified_name, module, name)`` for every parameter of
-            every module, with the module's name in the model (``"layers.0.blocks.0.attn.qkv"``),
-            the module, and the parameter's name in it (``"weight"``, also where it is
-            pruned). It returns a group's name, or None for a parameter that stays
-            dense, and replaces the built-in rule.
+        rule: replaces :func:`builtin_rule`. Called as ``rule(qualified_name, module, name)``
+            for every parameter of every module, with the module's name in the model
+            (``"layers.0.blocks.0.attn.qkv"``), the module, and the parameter's name in it
+            (``"weight"``, also where it is pruned). It returns a group's name, or None
+            for a parameter that stays dense.
 
     Returns:
         Group name -> ``(module, name)`` pairs in the order of definition. The built-in
@@ -68,9 +69,8 @@ def group_parameters(model: nn.Module, rule: Rule | None = None) -> dict[str, li
         left out.
 
     Raises:
-        TypeError: if the rule returns something else than a string or None.
-        ValueError: if no parameter is put into any group, or one is that the model
-            uses in a second place too (tied weights).
+        TypeError: for a ``model`` or an answer of the rule of another type.
+        ValueError: if nothing is put into any group, or a grouped weight is tied to another.
 
     Source: He and Zhou, ICLR 2024, Sec. 3.1, Fig. 3 and App. B.
 
@@ -88,19 +88,17 @@ def group_parameters(model: nn.Module, rule: Rule | None = None) -> dict[str, li
         ...     for i, pair in enumerate(pairs)
         ... }
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"group_parameters(): model must be an nn.Module, found {type(model).__name__}."
+        )
     groups: dict[str, list[Pair]] = {} if rule else {group: [] for group in GROUPS}
     places: dict[Tensor, tuple[str, str | None]] = {}
     for module, (qualified_name, readers) in survey(model).items():
-        for parameter, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = _unpruned_name(module, parameter)
+        for name, tensor in _unpruned_parameters(module):
             group = (rule or builtin_rule)(qualified_name, module, name)
             place = f"{qualified_name}.{name}".removeprefix(".")
-            if not isinstance(group, (str, type(None))):
-                raise TypeError(
-                    f"group_parameters(): rule must return a group's name or None, found "
-                    f"{type(group).__name__} for {place}."
-                )
-            _refuse_tied(place, group, places.setdefault(tensor, (place, group)))
+            _check_group(group, place, places.setdefault(tensor, (place, group)))
             if group is not None:
                 groups.setdefault(group, []).append((module, name))
                 note_readers(module, readers)
@@ -134,13 +132,20 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _unpruned_name(module: nn.Module, parameter: str) -> str:
-    """Undo the renaming that torch's pruning does to a parameter."""
-    name = parameter.removesuffix("_orig")
-    return name if f"{name}_mask" in module._buffers else parameter
+def _unpruned_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a module's own parameters by the names they have while they are not pruned."""
+    for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
+        original = name.removesuffix("_orig")
+        yield (original if f"{original}_mask" in module._buffers else name), tensor
 
 
-def _refuse_tied(place: str, group: str | None, first: tuple[str, str | None]) -> None:
+def _check_group(group: Any, place: str, first: tuple[str, str | None]) -> None:
+    """Refuse what is no group's name, and a weight that was met before in another place."""
+    if not isinstance(group, (str, type(None))):
+        raise TypeError(
+            f"group_parameters(): rule must return a group's name or None, found "
+            f"{type(group).__name__} for {place}."
+        )
     if place != first[0] and (group or first[1]):
         raise ValueError(
             f"group_parameters(): expected a weight of its own in every place, found one tensor "

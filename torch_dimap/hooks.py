@@ -140,6 +140,8 @@ def _pruned_inside(module: nn.Module) -> Iterator[tuple[nn.Module, prune.BasePru
 
 
 def _has_forward(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):  # whose class cannot be asked
+        return True
     return type(module).forward is not nn.Module.forward
 
 

@@ -119,7 +119,8 @@ def global_module_aware_unstructured(
 
     Args:
         parameters: group -> ``(module, name)`` pairs, as :func:`group_parameters`
-            returns them; or pairs alone, which form one group.
+            returns them; or pairs alone, which form one group. For pairs listed by
+            hand see :func:`hold_masks`.
         pruning_method: :class:`DimapUnstructured`, or any other class of
             ``PRUNING_TYPE`` ``"unstructured"``, which then gets each group's
             unpruned values in one flat tensor.
