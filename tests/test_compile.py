@@ -68,6 +68,20 @@ def test_compile_in_its_default_mode_follows_the_optimizer(family):
         )
 
 
+def test_compile_notices_that_its_model_was_pruned():
+    model, x = build("torchvision swin").eval(), images("torchvision swin")
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(x)
+        torch_dimap.global_module_aware_unstructured(
+            torch_dimap.group_parameters(compiled), amount=0.55
+        )
+        assert torch.equal(compiled(x), baked(model, "torchvision swin")(x))
+        expected = model(x)
+        torch_dimap.remove_all(compiled)
+        assert torch.equal(compiled(x), expected)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("family", ["swin", "torchvision swin_v2", "torchvision vit"])
 def test_export(family, strict):
@@ -79,15 +93,13 @@ def test_export(family, strict):
     assert torch.equal(outputs(model, x), outputs(baked(model, family), x))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_script_takes_the_baked_copy():
     """torch.jit.script compiles no hook that is an object, torch's own pruning included."""
     model, x = pruned("torchvision swin").eval(), images("torchvision swin")
-    with pytest.raises(AttributeError), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with pytest.raises(AttributeError):
         torch.jit.script(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        script = torch.jit.script(torch_dimap.remove_all(copy.deepcopy(model)))
+    script = torch.jit.script(torch_dimap.remove_all(copy.deepcopy(model)))
     torch.testing.assert_close(script(x), model(x))
 
 
@@ -106,6 +118,7 @@ def test_autocast(family):
         assert torch.equal(gradient, expected[name] * mask)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("family", ["swin", "swinv2", "beit", "eva02", "transformers SwinModel"])
 def test_gradient_checkpointing_of_the_model(family):
     if family.startswith("transformers"):
@@ -114,8 +127,10 @@ def test_gradient_checkpointing_of_the_model(family):
     outputs(model, x).sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    switch = getattr(model, "gradient_checkpointing_enable", None) or model.set_grad_checkpointing
-    switch()
+    if family.startswith("transformers"):
+        model.gradient_checkpointing_enable()
+    else:
+        model.set_grad_checkpointing()
     outputs(model, x).sum().backward()
     for name, p in model.named_parameters():
         assert torch.equal(p.grad, expected[name])

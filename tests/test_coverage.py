@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import timm
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "make_coverage.py"
 spec = importlib.util.spec_from_file_location("make_coverage", SCRIPT)
@@ -18,6 +19,8 @@ TABLE = make_coverage.read()
 def test_the_table_of_coverage_agrees_with_the_code(row):
     if row["library"] == "transformers":
         pytest.importorskip("transformers")
+    if row["library"] == "timm" and not timm.is_model(row["model"]):
+        pytest.skip(f"this timm has no {row['model']}")
     again = make_coverage.row(row["library"], row["family"], row["model"])
     assert {**again, "version": row["version"]} == row
 

@@ -16,32 +16,31 @@ from torch_dimap.hooks import note_readers, survey
 Pair = tuple[nn.Module, str]
 Rule = Callable[[str, nn.Module, str], "str | None"]
 
-# The modules that hold a block's attention or MLP, and what a single layer may be wrapped
-# in: a container that joins it with its norm, or puts an activation before it.
-_ATTENTION = r"(?:^|\.)(?:\w*(?:attn|attention|att_)\w*|token_mixer|mixer\.m|xca|e_mhsa)"
-_ATTENTION += r"(?:\.(?:self|\d))?\."
-_MLP = r"(?:^|\.)(?:mlp(?:\d|_in|_layer|_tokens|_channels)?|ffn\d?(?:\.m)?)\."
-_WRAPPED = r"(?:\.(?:conv|convolution|linear|ln|proj|c|\d))*$"
-
-# The paper's three modules (Sec. 3.1, Fig. 3) under the names that models give them: the
-# first pattern found in a layer's qualified name decides. What none of them matches, or
-# one of group None does, is auxiliary and stays dense. Reasons: docs/backbones.md.
-RULES: tuple[tuple[str | None, re.Pattern[str]], ...] = tuple(
-    (group, re.compile(pattern))
-    for group, pattern in (
-        (None, r"(?:^|\.)(?:heads?|attn_pool|\w*rel_pos)\."),
-        ("qkv", _ATTENTION + r"(?:(?:to_)?qkvs?|qk|kv|[qkv]|w[qkv]|(?:qkv|[qkv])_proj)" + _WRAPPED),
-        ("qkv", _ATTENTION + r"(?:to_|projection_)?(?:query|key|value)" + _WRAPPED),
-        ("qkv", r"(?:^|\.)attn\.attn$"),
-        ("proj", _ATTENTION + r"(?:proj|o_proj|out_proj|output\.dense|output|merge)" + _WRAPPED),
-        ("mlp", _MLP + r"(?:fc\d(?:_[gx])?|w\d+|dense\d|lin\d|conv\d|pw\d|ln\d|\d)" + _WRAPPED),
-        ("mlp", _MLP + r"(?:(?:gate|up|down)_proj|weights_(?:in|out))" + _WRAPPED),
-        ("mlp", r"(?:^|\.)(?:intermediate|output)\.dense$"),
-    )
+# The paper's three modules (Sec. 3.1, Fig. 3) under the names that models give them: group,
+# what holds the layer, the layer. The first row that fits a qualified name decides; what
+# none of them fits is auxiliary and stays dense. Reasons: docs/backbones.md.
+_ATTENTION = r"(\w*(attn|attention|att_)\w*|token_mixer|mixer\.m|xca|e_mhsa)(\.(self|\d))?"
+_MLP = r"mlp(\d|_in|_layer|_tokens|_channels)?|ffn\d?(\.m)?"
+NAMES = (
+    ("qkv", _ATTENTION, r"qkvs?|to_qkv|qkv_proj|qk|kv"),
+    ("qkv", _ATTENTION, r"[qkv]|w[qkv]|[qkv]_proj|(to_|projection_)?(query|key|value)"),
+    ("proj", _ATTENTION, r"proj|o_proj|out_proj|output|output\.dense|merge"),
+    ("mlp", _MLP, r"fc\d|dense\d|lin\d|ln\d|pw\d|conv\d|\d"),
+    ("mlp", _MLP, r"fc\d_[gx]|w\d+|(gate|up|down)_proj|weights_(in|out)"),
+    ("mlp", r"intermediate|output", r"dense"),
+    ("qkv", r"attn", r"attn"),
 )
+# A layer may sit in a container that joins it with its norm or puts an activation before it.
+_WRAPPED = r"(\.(conv|convolution|linear|ln|proj|c|\d))*"
+_RULES = [
+    (group, re.compile(rf"(^|\.)({holder})\.({layer}){_WRAPPED}$"))
+    for group, holder, layer in NAMES
+]
+# Attention and MLPs that belong to no block: pooling heads and relative positions.
+_AUXILIARY = re.compile(r"(^|\.)(heads?|attn_pool|\w*rel_pos)\.")
 GROUPS = ("qkv", "proj", "mlp")
 # What surrounds the blocks, and does not count when asked how much of these is known.
-_NO_BLOCK = re.compile(r"(?:^|\.)(?:heads?|attn_pool|stem|downsample|\w*embed\w*)(?:\.|$)")
+_NO_BLOCK = re.compile(r"(^|\.)(heads?|attn_pool|stem|downsample|\w*embed\w*)(\.|$)")
 _IN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -107,7 +106,7 @@ def group_parameters(model: nn.Module, rule: Rule | None = None) -> dict[str, li
 
 
 def builtin_rule(qualified_name: str, module: nn.Module, name: str) -> str | None:
-    """Tell the group of one parameter by its name and type: see :data:`RULES`.
+    """Tell the group of one parameter by its name and type: see :data:`NAMES`.
 
     Made to be called in a rule of one's own, which then only says what is different.
 
@@ -123,7 +122,9 @@ def builtin_rule(qualified_name: str, module: nn.Module, name: str) -> str | Non
         layer += ".attn.proj"  # torch has this type for the out_proj of MultiheadAttention only
     elif name != "weight" or not _is_linear(module):
         return None
-    return next((group for group, pattern in RULES if pattern.search(layer)), None)
+    if _AUXILIARY.search(layer):
+        return None
+    return next((group for group, pattern in _RULES if pattern.search(layer)), None)
 
 
 def _is_linear(module: nn.Module) -> bool:
