@@ -172,9 +172,9 @@ def _check_coverage(
     largest = ", ".join(name for name, _ in missed.most_common(3))
     if not found:
         raise ValueError(
-            f"group_parameters(): expected layers named like the query/key/value, attention "
-            f"projection or MLP layers of a vision transformer, found none in {kind}"
-            + (f", whose blocks hold {largest}" if largest else "")
+            f"group_parameters(): no layer of {kind} is named like the query/key/value, attention "
+            "projection or MLP layers of a vision transformer"
+            + (f"; its blocks hold {largest}" if largest else "")
             + ": pass rule= to say which parameters belong together."
         )
     share = found / (found + missed.total())
