@@ -101,7 +101,7 @@ def run(seed: int, options: argparse.Namespace, folder: Path) -> list[dict]:
     torch.manual_seed(seed)
     train_images, test_images, train_labels, test_labels = load_data()
     dense = build_model()
-    train(dense, train_images, train_labels, options.epochs, lr=2e-3)
+    train(dense, train_images, train_labels, options.epochs, lr=1e-3)
     dense_top1 = top1(dense, test_images, test_labels)
     print(f"seed {seed}: dense top-1 {dense_top1:.2f} %")
     rows = []
@@ -156,7 +156,7 @@ def parse() -> argparse.Namespace:
     add("--amounts", type=float, nargs="+", default=[0.15, 0.35, 0.55, 0.8, 0.9], metavar="A",
         help="fractions of the prunable weights (default: 0.15 0.35 0.55 0.8 0.9)")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[0], metavar="S", help="(default: 0)")
-    add("--epochs", type=int, default=30, help="of dense training (default: 30)")
+    add("--epochs", type=int, default=40, help="of dense training (default: 40)")
     add("--finetune-epochs", type=int, default=5, help="after pruning (default: 5)")
     add("--output", type=Path, metavar="DIR", help="keep the baked models there")
     return parser.parse_args()
