@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import select_by_sorting, select_exactly
 
-from torch_dimap import selection
+from torch_dimap import brackets, reading, selection
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DEVICES = [
@@ -25,11 +25,11 @@ DEVICES = [
 def machinery(request, monkeypatch):
     """Run every test with usual settings, with tiny blocks, and with brackets that miss."""
     if request.param != "usual":
-        monkeypatch.setattr(selection, "CPU_BLOCK", 5)
-        monkeypatch.setattr(selection, "DEVICE_BLOCK", 7)
-        monkeypatch.setattr(selection, "SAMPLE", 8)
+        monkeypatch.setattr(reading, "CPU_BLOCK", 5)
+        monkeypatch.setattr(reading, "DEVICE_BLOCK", 7)
+        monkeypatch.setattr(brackets, "SAMPLE", 8)
     if request.param == "misled":
-        monkeypatch.setattr(selection, "MARGIN", 1e-3)
+        monkeypatch.setattr(brackets, "MARGIN", 1e-3)
 
 
 def assert_selects_like(oracle, weights, count, masks=None):
@@ -106,7 +106,7 @@ def test_select_equals_sorting_on_many_distributions(kind, sizes):
 
 
 def test_select_equals_sorting_on_a_million_entries_with_ties(machinery):
-    if selection.CPU_BLOCK < 1000:
+    if reading.CPU_BLOCK < 1000:
         pytest.skip("the tiny blocks of the other settings would take minutes")
     generator = torch.Generator().manual_seed(3)
     weights = [
@@ -153,8 +153,8 @@ def test_select_is_the_same_for_any_block_size_threads_and_device(device, monkey
     threads = torch.get_num_threads()
     try:
         for block, n_threads in [(3, 1), (64, 2), (1 << 20, 1)]:
-            monkeypatch.setattr(selection, "CPU_BLOCK", block)
-            monkeypatch.setattr(selection, "DEVICE_BLOCK", block)
+            monkeypatch.setattr(reading, "CPU_BLOCK", block)
+            monkeypatch.setattr(reading, "DEVICE_BLOCK", block)
             torch.set_num_threads(n_threads)
             keeps, _ = selection.select([weight.to(device) for weight in weights], 800)
             assert all(torch.equal(a.cpu(), b) for a, b in zip(keeps, expected))

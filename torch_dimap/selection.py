@@ -12,9 +12,9 @@ a few times, in blocks that stay in cache:
 
 The candidates of all layers are scored and the lowest of them chosen. A sample can
 mislead: every layer must end with its cut strictly inside its bracket, or the bracket
-is widened and the step repeated. Scores that float64 cannot tell apart are compared
-in exact integer arithmetic. The result is therefore that of exact arithmetic, whatever
-the block size, the number of threads or the device.
+is widened (:mod:`torch_dimap.brackets`) and the step repeated. Scores that float64
+cannot tell apart are compared in exact integer arithmetic. The result is therefore
+that of exact arithmetic, whatever the block size, the number of threads or the device.
 
 Order of removal: lower scores first; among equal scores the later layer first; among
 equal magnitudes of one layer the later entry, in row-major order, first.
@@ -30,38 +30,24 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from torch_dimap.importance import unit_scale
-
-CPU_BLOCK = 1 << 17  # entries: magnitude, float64 copy and flags stay in cache
-DEVICE_BLOCK = 1 << 20  # enough to fill a GPU; larger blocks only widen the error bound
-SAMPLE = 1 << 14  # entries of a layer from which its bracket is guessed
-MARGIN = 4.0  # reach of a bracket, in standard deviations of a sampled rank
-
-
-class _Layer(NamedTuple):
-    """One layer, flat, and what a first reading tells about it."""
-
-    weight: Tensor
-    chooseable: Tensor | None  # None means all
-    zeros: int  # among the chooseable, as nonzeros
-    nonzeros: int
-    scale: Tensor  # power of two that brings the largest magnitude to about 1
-    energy: float  # sum of squares of weight * scale
-
-
-class _Sample(NamedTuple):
-    """Evenly spread non-zero entries of one layer, ascending."""
-
-    magnitude: np.ndarray
-    score: np.ndarray  # what Eq. 10 is expected to give them in the whole layer
-    entries: float  # how many entries of the layer each one stands for
+from torch_dimap import brackets
+from torch_dimap.brackets import bracket, guess_threshold, take_sample
+from torch_dimap.reading import (
+    FlatLayer,
+    block_size,
+    energy_above,
+    magnitudes,
+    read_layer,
+    sort,
+    total,
+)
 
 
 class _Candidates(NamedTuple):
@@ -101,7 +87,7 @@ def select(
             from.
     """
     with _each_layer(weights) as each:
-        layers = list(each(_read, weights, masks or [None] * len(weights)))
+        layers = list(each(read_layer, weights, masks or [None] * len(weights)))
         zeros, nonzeros = sum(x.zeros for x in layers), sum(x.nonzeros for x in layers)
         if not 0 <= count <= zeros + nonzeros:
             raise ValueError(
@@ -136,47 +122,7 @@ def _each_layer(weights: Sequence[Tensor]) -> Iterator[Callable[..., Iterator]]:
         torch.set_num_threads(threads)
 
 
-def _block_size(tensor: Tensor) -> int:
-    return CPU_BLOCK if tensor.device.type == "cpu" else DEVICE_BLOCK
-
-
-def _magnitudes(weight: Tensor, chooseable: Tensor | None) -> Iterator[Tensor]:
-    """Yield a flat layer's magnitudes block by block, -1 where nothing may be chosen."""
-    blocks = weight.split(_block_size(weight))
-    if chooseable is None:
-        yield from (block.abs() for block in blocks)
-    else:
-        for block, allowed in zip(blocks, chooseable.split(_block_size(weight))):
-            yield torch.where(allowed, block.abs(), -1.0)
-
-
-def _energy(magnitude: Tensor, above: float, scale: Tensor) -> Tensor:
-    """Sum the scaled squares of one block's magnitudes greater than ``above``, in float64."""
-    scaled = F.threshold(magnitude, above, 0.0).to(torch.float64).mul_(scale)
-    return torch.dot(scaled, scaled)
-
-
-def _fsum(blocks: list[Tensor]) -> float:
-    """Add up one scalar per block: fetched together, rounded once."""
-    return math.fsum(torch.stack(blocks).tolist())
-
-
-def _read(weight: Tensor, mask: Tensor | None) -> _Layer:
-    flat = weight.detach().reshape(-1)
-    chooseable = None if mask is None else mask.detach().reshape(-1) != 0
-    entries = flat.numel() if chooseable is None else int(torch.count_nonzero(chooseable))
-    if flat.numel() == 0:
-        return _Layer(flat, chooseable, 0, 0, torch.ones(()), 0.0)
-    scale = unit_scale(torch.stack(torch.aminmax(flat)).abs().max())
-    nonzeros, energies = [], []
-    for magnitude in _magnitudes(flat, chooseable):
-        nonzeros.append(torch.count_nonzero(magnitude > 0))
-        energies.append(_energy(magnitude, 0.0, scale))
-    nonzero = int(_fsum(nonzeros))
-    return _Layer(flat, chooseable, entries - nonzero, nonzero, scale, _fsum(energies))
-
-
-def _cut_zeros(layers: list[_Layer], count: int) -> list[_Cut]:
+def _cut_zeros(layers: list[FlatLayer], count: int) -> list[_Cut]:
     """Prune ``count`` zeros and nothing else."""
     cuts = []
     for layer in reversed(layers):
@@ -187,13 +133,13 @@ def _cut_zeros(layers: list[_Layer], count: int) -> list[_Cut]:
 
 
 def _cut_nonzeros(
-    layers: list[_Layer], count: int, each: Callable[..., Iterator]
+    layers: list[FlatLayer], count: int, each: Callable[..., Iterator]
 ) -> tuple[list[_Cut], float]:
     """Prune every zero, and of the rest the ``count`` lowest."""
-    samples = list(each(_sample, layers))
-    guess = _guess_threshold(samples, count)
-    margins = [MARGIN] * len(layers)
-    found = list(each(_candidates, layers, [_bracket(s, guess, MARGIN) for s in samples]))
+    samples = list(each(take_sample, layers))
+    guess = guess_threshold(samples, count)
+    margins = [brackets.MARGIN] * len(layers)
+    found = list(each(_candidates, layers, map(bracket, samples, repeat(guess), margins)))
     while True:
         inside = count - sum(c.below for c in found)
         if 0 < inside <= sum(c.score.numel() for c in found):
@@ -210,58 +156,21 @@ def _cut_nonzeros(
             missed = [c.below + c.above > 0 for c in found]
         for i in (i for i, is_missed in enumerate(missed) if is_missed):
             margins[i] *= 4
-            found[i] = _candidates(layers[i], _bracket(samples[i], guess, margins[i]))
+            found[i] = _candidates(layers[i], bracket(samples[i], guess, margins[i]))
 
 
-def _sample(layer: _Layer) -> _Sample:
-    size = layer.weight.numel()
-    step = max(1, size // SAMPLE)
-    while math.gcd(step, max(1, size)) > 1:  # else it might see a few columns only
-        step += 1
-    chooseable = None if layer.chooseable is None else layer.chooseable[::step]
-    spread = torch.cat(list(_magnitudes(layer.weight[::step], chooseable)))
-    magnitude = _sort(spread[spread > 0].cpu()).double().numpy()
-    entries = layer.nonzeros / max(1, len(magnitude))
-    square = np.square(magnitude * layer.scale.item())
-    # A sample tells well what the small entries hold together, and badly what the
-    # large ones do: their energy is what the small ones leave of the total.
-    energy = layer.energy - entries * (np.cumsum(square) - square)
-    least = entries * square * np.arange(len(square), 0, -1)
-    score = square / np.maximum(energy, np.maximum(least, np.finfo(float).tiny))
-    return _Sample(magnitude, np.maximum.accumulate(score), entries)
-
-
-def _guess_threshold(samples: list[_Sample], count: int) -> float:
-    """Return the score under which about ``count`` entries are expected."""
-    score = np.concatenate([s.score for s in samples])
-    entries = np.repeat([s.entries for s in samples], [len(s.score) for s in samples])
-    order = np.argsort(score)
-    rank = int(np.searchsorted(np.cumsum(entries[order]), count))
-    return float(score[order[min(rank, len(order) - 1)]]) if len(order) else 0.0
-
-
-def _bracket(sample: _Sample, threshold: float, margin: float) -> tuple[float, float]:
-    """Return the magnitudes (from above, up to) between which the cut is expected."""
-    size = len(sample.score)
-    rank = int(np.searchsorted(sample.score, threshold))
-    reach = math.ceil(margin * (math.sqrt(rank * (size - rank) / max(1, size)) + 4))
-    low = sample.magnitude[rank - reach] if rank >= reach else 0.0
-    high = sample.magnitude[rank + reach] if rank + reach < size else math.inf
-    return float(low), float(high)
-
-
-def _candidates(layer: _Layer, bracket: tuple[float, float]) -> _Candidates:
-    low, high = bracket
+def _candidates(layer: FlatLayer, limits: tuple[float, float]) -> _Candidates:
+    low, high = limits
     inside, above, energies = [], [], []
-    for magnitude in _magnitudes(layer.weight, layer.chooseable):
+    for magnitude in magnitudes(layer.weight, layer.chooseable):
         over = magnitude > high
         above.append(torch.count_nonzero(over))
         inside.append(magnitude[(magnitude > low).logical_xor_(over)])
-        energies.append(_energy(magnitude, high, layer.scale))
-    magnitude = _sort(torch.cat(inside)).flip(0)
+        energies.append(energy_above(magnitude, high, layer.scale))
+    magnitude = sort(torch.cat(inside)).flip(0)
     square = (magnitude.to(torch.float64) * layer.scale).square_()
-    score = square / square.cumsum(0).add_(_fsum(energies))
-    n_above = int(_fsum(above))
+    score = square / square.cumsum(0).add_(total(energies))
+    n_above = int(total(above))
     return _Candidates(magnitude, score, layer.nonzeros - n_above - score.numel(), n_above)
 
 
@@ -271,12 +180,12 @@ def _score_error(found: list[_Candidates]) -> float:
     A sum of n positive terms, in any order, errs by less than n units in the last
     place: n is a block or the candidates; the rest is square, quotient and joining.
     """
-    terms = max(_block_size(c.score) + c.score.numel() for c in found)
+    terms = max(block_size(c.score) + c.score.numel() for c in found)
     return (terms + 16) * 2.0**-52
 
 
 def _lowest(
-    layers: list[_Layer], found: list[_Candidates], count: int
+    layers: list[FlatLayer], found: list[_Candidates], count: int
 ) -> tuple[list[int], float]:
     """Say how many candidates of each layer are among the ``count`` lowest of all."""
     threshold = _kth_smallest([c.score for c in found], count)
@@ -296,7 +205,7 @@ def _lowest(
 
 
 def _settle_exactly(
-    layers: list[_Layer],
+    layers: list[FlatLayer],
     found: list[_Candidates],
     sure: list[int],
     open_: list[int],
@@ -320,10 +229,10 @@ def _settle_exactly(
     return chosen
 
 
-def _exact_energy(layer: _Layer, above: float) -> Fraction:
+def _exact_energy(layer: FlatLayer, above: float) -> Fraction:
     """Sum the unscaled squares of all magnitudes greater than ``above``, without rounding."""
     energy = Fraction(0)
-    for magnitude in _magnitudes(layer.weight, layer.chooseable):
+    for magnitude in magnitudes(layer.weight, layer.chooseable):
         mantissa, exponent = torch.frexp(magnitude[magnitude > above].to(torch.float64))
         for e in exponent.unique().tolist():
             integers = (mantissa[exponent == e] * 2.0**53).long().tolist()
@@ -340,25 +249,17 @@ def _cut(candidates: _Candidates, pruned: int) -> _Cut:
     return _Cut(magnitude.item(), int((kept == magnitude).count_nonzero()))
 
 
-def _mask(layer: _Layer, cut: _Cut) -> Tensor:
+def _mask(layer: FlatLayer, cut: _Cut) -> Tensor:
     keep = torch.empty(layer.weight.numel(), dtype=torch.bool, device=layer.weight.device)
     ties = cut.ties
-    outs = keep.split(_block_size(keep))
-    for magnitude, out in zip(_magnitudes(layer.weight, layer.chooseable), outs):
+    outs = keep.split(block_size(keep))
+    for magnitude, out in zip(magnitudes(layer.weight, layer.chooseable), outs):
         torch.gt(magnitude, cut.magnitude, out=out)
         if ties:
             tied = (magnitude == cut.magnitude).nonzero().squeeze(1)[:ties]
             out[tied] = True
             ties -= tied.numel()
     return keep
-
-
-def _sort(values: Tensor) -> Tensor:
-    """Sort a vector, ascending: on the CPU NumPy's vectorized sort is far ahead of torch's."""
-    if values.device.type != "cpu":
-        return values.sort().values
-    exact = values if values.dtype == torch.float64 else values.float()
-    return torch.from_numpy(np.sort(exact.numpy()))
 
 
 def _kth_smallest(vectors: list[Tensor], k: int) -> float:
