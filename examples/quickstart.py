@@ -159,7 +159,12 @@ def parse() -> argparse.Namespace:
     add("--epochs", type=int, default=40, help="of dense training (default: 40)")
     add("--finetune-epochs", type=int, default=5, help="after pruning (default: 5)")
     add("--output", type=Path, metavar="DIR", help="keep the baked models there")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not all(0 <= amount <= 1 for amount in options.amounts):
+        parser.error(f"--amounts must lie between 0 and 1, found {options.amounts}")
+    if min(options.epochs, options.finetune_epochs) < 1:
+        parser.error("--epochs and --finetune-epochs must be at least 1")
+    return options
 
 
 def main() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import timm
+from packaging.version import Version
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "make_coverage.py"
 spec = importlib.util.spec_from_file_location("make_coverage", SCRIPT)
@@ -21,6 +23,8 @@ def test_the_table_of_coverage_agrees_with_the_code(row):
         pytest.importorskip("transformers")
     if row["library"] == "timm" and not timm.is_model(row["model"]):
         pytest.skip(f"this timm has no {row['model']}")
+    if Version(version(row["library"])) < Version(row["version"]):
+        pytest.skip(f"the table is of {row['library']} {row['version']}, which names layers anew")
     again = make_coverage.row(row["library"], row["family"], row["model"])
     assert {**again, "version": row["version"]} == row
 

@@ -290,6 +290,15 @@ def multiply(layer, x):
     return F.linear(x, layer.weight)
 
 
+class HandsItselfOn(Called):
+    def forward(self, x, quick=False):
+        return self.qkv(x) if quick else multiply_qkv(self, x)
+
+
+def multiply_qkv(block, x):
+    return F.linear(x, block.qkv.weight)
+
+
 def patched():
     module = Called()
     module.forward = lambda x: F.linear(x, module.qkv.weight)
@@ -297,7 +306,8 @@ def patched():
 
 
 @pytest.mark.parametrize(
-    "make", [Reads, ReadsByName, PassesOn, ReadsFromList, Inherits, OverridesAgain, patched]
+    "make",
+    [Reads, ReadsByName, PassesOn, ReadsFromList, Inherits, OverridesAgain, HandsItselfOn, patched],
 )
 def test_masks_hold_however_a_reader_gets_at_the_weight(make):
     model = nn.ModuleDict({"attn": make()})
@@ -316,6 +326,7 @@ def test_a_class_patched_from_outside_counts_as_a_reader(monkeypatch):
     class Victim(Called):
         pass
 
+    assert not readers(pruned(nn.ModuleDict({"attn": Victim()})))
     monkeypatch.setattr(Victim, "forward", Reads.forward)
     assert readers(pruned(nn.ModuleDict({"attn": Victim()})))
 

@@ -447,6 +447,8 @@ BAD_PARAMETERS = [
     (lambda net: [], ValueError, "parameters holds no weights"),
     (lambda net: {}, ValueError, "parameters is empty"),
     (lambda net: {"a": pairs_of(net), "b": []}, ValueError, r"parameters\['b'\] holds no weights"),
+    (lambda net: {"a": None}, TypeError, r"parameters\['a'\] must be an iterable .* NoneType"),
+    (lambda net: {"a": net}, TypeError, r"parameters\['a'\] must be an iterable .* Sequential"),
     (lambda net: [net[0]], TypeError, r"parameters\[0\] must be a \(module, name\) pair"),
     (lambda net: [(net[0], 1)], TypeError, r"parameters\[0\] must be a \(module, name\) pair"),
     (lambda net: pairs_of(net) * 2, ValueError, r"parameters\[3\] .* same tensor as .*\[0\]"),
@@ -545,6 +547,7 @@ def test_bad_scores_are_refused_and_nothing_changes(net, change, error, message)
         ("l1", {"amount": 1}, "must be a pruning class, .* found str"),
         (DimapUnstructured, {"amount": 1, "sizes": [98]}, "sizes follow from parameters"),
         (DimapUnstructured, {}, "amount"),
+        (DimapUnstructured(0.5), {}, "must be a pruning class, .* found DimapUnstructured"),
         (prune.L1Unstructured, {"amount": 1, "n": 2}, "unexpected keyword argument 'n'"),
     ],
 )
@@ -577,6 +580,36 @@ def test_a_failure_half_way_puts_everything_back(net, repeated, monkeypatch):
     handle.remove()
     assert len(net[0]._forward_pre_hooks) == int(repeated)
     net(torch.randn(2, 8))
+
+
+@pytest.mark.filterwarnings("error:.*no weight is left")
+def test_a_warning_that_is_an_error_changes_nothing(net):
+    before = state_of(net)
+    with pytest.raises(UserWarning, match="no weight is left"):
+        global_module_aware_unstructured([(net[0], "weight")], amount=1.0)
+    assert_same_state(before, state_of(net))
+
+
+def test_remove_all_checks_before_it_bakes(net):
+    global_module_aware_unstructured(pairs_of(net), amount=0.5)
+    del net[3]._buffers["weight_mask"]
+    with pytest.raises(RuntimeError, match="remove_all.*: 3.weight must have"):
+        remove_all(net)
+    assert "weight_orig" in net[0]._parameters
+    with pytest.raises(TypeError, match="found NoneType"):
+        remove_all(None)
+
+
+def test_a_subclass_with_a_ranking_of_its_own_is_asked_for_it(net):
+    class KeepsLowest(DimapUnstructured):
+        def compute_mask(self, t, default_mask):
+            mask = torch.zeros_like(default_mask)
+            mask[t.abs().argmin()] = 1
+            return mask
+
+    with pytest.warns(UserWarning, match="no weight is left"):
+        global_module_aware_unstructured(pairs_of(net), KeepsLowest, amount=0.5)
+    assert sum(int(mask.sum()) for mask in masks_of(pairs_of(net))) == 1
 
 
 def test_a_layer_left_without_weights_warns_once(net):

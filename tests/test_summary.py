@@ -152,3 +152,20 @@ def test_summarize_refuses_thresholds_of_other_groups():
         summarize(model, parameters=groups, thresholds={"qkv": 0.1})
     with pytest.raises(TypeError, match="mapping group -> threshold.*found float"):
         summarize(model, parameters=groups, thresholds=0.1)
+
+
+def test_summarize_rounds_uniform_flops_once_and_not_layer_by_layer():
+    net = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(3)))
+    parameters = {"all": [(layer, "weight") for layer in net]}
+    for layer, left in zip(net, (6, 6, 4)):
+        prune.l1_unstructured(layer, "weight", amount=9 - left)
+    table = summarize(net, torch.zeros(1, 3), parameters)
+    assert [row.flops.uniform for row in table.layers] == [5, 5, 5]
+    assert table.groups[0].flops == table.prunable.flops == table.model.flops == (27, 16, 16)
+
+
+def test_summarize_refuses_the_tensor_behind_a_mask():
+    net, _ = small()
+    prune.l1_unstructured(net[0], "weight", amount=0.5)
+    with pytest.raises(ValueError, match="is behind a mask: name 'weight' instead"):
+        summarize(net, parameters=[(net[0], "weight_orig")])

@@ -8,7 +8,7 @@ look at the result with :func:`summarize`, and make it permanent with
 
 from torch_dimap.budgets import Budget, prune_to_flops, prune_to_parameters
 from torch_dimap.flops import FlopCount, Flops, count_flops
-from torch_dimap.grouping import group_parameters
+from torch_dimap.grouping import builtin_rule, group_parameters
 from torch_dimap.hooks import hold_masks
 from torch_dimap.importance import dimap_scores
 from torch_dimap.plots import plot_density, plot_histograms, plot_masks
@@ -29,6 +29,7 @@ __all__ = [
     "Flops",
     "Summary",
     "__version__",
+    "builtin_rule",
     "count_flops",
     "dimap_scores",
     "dimap_unstructured",

@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         print(COMMANDS[arguments.command].run(arguments))
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # a model's own code raises what it likes; the user gets one line
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"{parser.prog} {arguments.command}: error: {message}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ from torch_dimap.grouping import Pair
 from torch_dimap.layers import Layer, find_layers
 from torch_dimap.pruning import global_module_aware_unstructured
 from torch_dimap.selection import select
-from torch_dimap.targets import Target, inspect
+from torch_dimap.targets import Target, check_targets
 
 Parameters = Mapping[str, Iterable[Pair]] | Iterable[Pair]
 
@@ -145,7 +145,7 @@ def _pairs(layers: dict[str, list[Layer]]) -> dict[str, list[Pair]]:
 
 def _prune(plan: _Plan, target: float, fixed: Mapping[str, float] | None) -> Budget:
     pairs = _pairs(plan.layers)
-    targets = inspect(pairs, plan.importance_scores)
+    targets = check_targets(pairs, plan.importance_scores)
     unpruned = {group: sum(t.unpruned for t in members) for group, members in targets.items()}
     wanted = _absolute(target, plan)
     amount = _check_fixed(fixed or {}, unpruned, plan.caller)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from torch_dimap.grouping import Pair
+from torch_dimap.hooks import pruning_methods
 from torch_dimap.layers import Layer, find_layers
 from torch_dimap.products import Handle, product_handles, refuse_unknown
-from torch_dimap.targets import pruning_methods
 
 
 class Flops(NamedTuple):

@@ -150,13 +150,17 @@ def _only_calls(reader: Reader) -> bool:
     if "forward" in vars(reader.module):  # patched on the instance
         return False
     kind: Any = type(reader.module)
-    return kind.forward is nn.Sequential.forward or reader.attribute in _only_called(kind)
+    if kind.forward is nn.Sequential.forward:
+        return True
+    bases = tuple(base for base in kind.__mro__ if base not in (nn.Module, object))
+    # The functions belong to the question: a class may be patched between two of them.
+    functions = (f for base in bases for f in vars(base).values() if inspect.isfunction(f))
+    return reader.attribute in _only_called(kind, bases, tuple(functions))
 
 
 @functools.cache
-def _only_called(kind: Any) -> set[str]:
+def _only_called(kind: Any, bases: tuple[type, ...], functions: tuple[Any, ...]) -> set[str]:
     """Return the names that occur in a class's code as ``x.name(...)`` and not otherwise."""
-    bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
     members = {name: inspect.getattr_static(kind, name) for name in dir(kind)}
     methods = [
         member
@@ -170,6 +174,8 @@ def _only_called(kind: Any) -> set[str]:
             called |= _attributes(method)[0]
         for source in [*bases, *methods]:  # which may be others, put there from outside
             read |= _attributes(source)[1]
+        if any(_hands_itself_on(method) for method in methods):
+            return set()  # to code that may read anything
     except (OSError, TypeError, SyntaxError):  # no source
         return set()
     return called - read
@@ -182,3 +188,13 @@ def _attributes(source: Any) -> tuple[set[str], set[str]]:
     loads = [n for n in code if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
     called = {node.attr for node in loads if node in functions}
     return called, {node.attr for node in loads if node not in functions}
+
+
+def _hands_itself_on(method: Any) -> bool:
+    """Say whether a method, but for those that make weights, passes ``self`` to a function."""
+    if method.__name__.strip("_").startswith("init"):
+        return False
+    code = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(method))))
+    calls = [n for n in code if isinstance(n, ast.Call) and ast.unparse(n.func) != "super"]
+    passed = [x for n in calls for x in (*n.args, *(k.value for k in n.keywords))]
+    return any(isinstance(x, ast.Name) and x.id == "self" for x in passed)

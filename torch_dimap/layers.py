@@ -81,6 +81,9 @@ def _layer(pair: Pair, names: Mapping[nn.Module, str], where: str) -> Layer:
             "group the parameters of this very model."
         )
     label = ".".join(filter(None, (names[module], name)))
+    base = name.removesuffix("_orig")
+    if base != name and f"{base}_mask" in module._buffers:
+        raise ValueError(f"{where} lists {label}, which is behind a mask: name {base!r} instead.")
     behind = f"{name}_orig" if f"{name}_mask" in module._buffers else name
     parameter = module._parameters.get(behind)
     if parameter is None:

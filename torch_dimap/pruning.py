@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch_dimap.grouping import Pair
 from torch_dimap.hooks import hold, known_readers, pruning_methods, release
 from torch_dimap.importance import check_finite
 from torch_dimap.selection import select
-from torch_dimap.targets import CALL, Target, inspect
+from torch_dimap.targets import CALL, Target, check_targets
 
 
 class DimapUnstructured(prune.BasePruningMethod):
@@ -120,7 +120,8 @@ def global_module_aware_unstructured(
     Args:
         parameters: group -> ``(module, name)`` pairs, as :func:`group_parameters`
             returns them; or pairs alone, which form one group. For pairs listed by
-            hand see :func:`hold_masks`.
+            hand see :func:`hold_masks`; of tied weights, list none: the call sees
+            one place only, and the other stays dense.
         pruning_method: :class:`DimapUnstructured`, or any other class of
             ``PRUNING_TYPE`` ``"unstructured"``, which then gets each group's
             unpruned values in one flat tensor.
@@ -155,19 +156,20 @@ def global_module_aware_unstructured(
         >>> sorted(thresholds), int(net[0].weight_mask.sum()), int(net[1].weight_mask.sum())
         (['first', 'second'], 100, 50)
     """
-    groups = inspect(parameters, importance_scores)
+    groups = check_targets(parameters, importance_scores)
     unpruned = {group: sum(t.unpruned for t in targets) for group, targets in groups.items()}
     settings = _settings_by_group(pruning_method, kwargs, unpruned)
     masks: dict[str, list[Tensor]] = {}
     thresholds: dict[str, float] = {}
     for group, targets in groups.items():
         method = pruning_method(**settings[group])
-        if isinstance(method, DimapUnstructured):
+        if _ranks_by_dimap(method):
             count = count_to_prune(method.amount, unpruned[group], f"{CALL}: amount")
             chosen = select([t.values for t in targets], count, [t.mask for t in targets])
         else:
             chosen = _choose_flat(method, targets)
         masks[group], thresholds[group] = chosen
+    _warn_of_empty(groups, masks)  # first: where warnings are errors, nothing may change
     everything = [target for targets in groups.values() for target in targets]
     readers = known_readers(target.module for target in everything)
     with _all_or_nothing(everything, readers):
@@ -176,7 +178,6 @@ def global_module_aware_unstructured(
                 _attach(target, pruning_method(**settings[group]), mask)
         for reader in readers:
             hold(reader)
-    _warn_of_empty(groups, masks)
     return thresholds
 
 
@@ -190,7 +191,20 @@ def remove_all(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model``.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+        RuntimeError: if a tensor has a pruning hook, but no mask or no original.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"remove_all(): model must be an nn.Module, found {type(model).__name__}.")
+    for place, module in model.named_modules():
+        for name in (method._tensor_name for method in pruning_methods(module)):
+            if f"{name}_orig" not in module._parameters or f"{name}_mask" not in module._buffers:
+                raise RuntimeError(
+                    f"remove_all(): {place}.{name} must have a parameter {name}_orig and a buffer "
+                    f"{name}_mask, found not both: build the model again and load its weights."
+                )
     for module in reversed(list(model.modules())):  # inner ones first
         for method in pruning_methods(module):
             with torch.no_grad():
@@ -205,7 +219,7 @@ def _settings_by_group(
     unpruned: dict[str, int],
 ) -> dict[str, dict[str, Any]]:
     """Return group -> arguments of its pruning method, once all are known to serve."""
-    if not callable(pruning_method):
+    if not callable(pruning_method) or isinstance(pruning_method, prune.BasePruningMethod):
         raise TypeError(
             f"{CALL}: pruning_method must be a pruning class, such as DimapUnstructured, "
             f"found {type(pruning_method).__name__}."
@@ -226,6 +240,11 @@ def _settings_by_group(
                 f"{kind!r}: rankings of single weights cannot remove whole channels."
             )
     return settings
+
+
+def _ranks_by_dimap(method: prune.BasePruningMethod) -> TypeGuard[DimapUnstructured]:
+    """Tell a method that needs no flat tensor from those with a ranking of their own."""
+    return type(method).compute_mask is DimapUnstructured.compute_mask
 
 
 def _choose_flat(

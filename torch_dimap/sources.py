@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ def skeleton(weights: Mapping[str, Tensor]) -> nn.Module:
         child, dot, rest = key.partition(".")
         if dot:
             below.setdefault(child, {})[rest] = value
-    module = _shell(own["weight"].shape) if "weight" in own else nn.Module()
+    module = _shell(own)
     for name, value in own.items():
         if value.is_floating_point() and not name.startswith("running_"):
             module.register_parameter(name, nn.Parameter(value, requires_grad=False))
@@ -117,7 +117,15 @@ def skeleton(weights: Mapping[str, Tensor]) -> nn.Module:
     return module
 
 
-def _shell(shape: Sequence[int]) -> nn.Module:
+def _shell(own: Mapping[str, Tensor]) -> nn.Module:
+    """Return an empty module of the type that its own tensors speak of."""
+    if "in_proj_weight" in own or "q_proj_weight" in own:
+        attention = nn.MultiheadAttention(1, 1, device="meta")
+        for name in list(attention._parameters):
+            del attention._parameters[name]
+        del attention.out_proj
+        return attention
+    shape = own["weight"].shape if "weight" in own else ()
     if len(shape) == 2:
         return nn.Linear(shape[1], shape[0], bias=False, device="meta")
     if len(shape) == 4:

@@ -220,11 +220,14 @@ def summarize(
         for group, members in groups.items()
     }
     layers = [row for members in rows.values() for row in members]
-    prunable = _total("total", "prunable", layers)
+    in_all = Flops(*map(sum, zip(*flops.groups.values()))) if flops else None
+    prunable = _total("total", "prunable", layers, in_all)
     return Summary(
         layers=layers,
         groups=[
-            _total("group", group, members)._replace(threshold=(thresholds or {}).get(group))
+            _total("group", group, members, flops.groups[group] if flops else None)._replace(
+                threshold=(thresholds or {}).get(group)
+            )
             for group, members in rows.items()
         ],
         prunable=prunable,
@@ -255,8 +258,7 @@ def _layer_row(layer: Layer, group: str, flops: Flops | None) -> Row:
     )
 
 
-def _total(level: str, name: str, rows: list[Row]) -> Row:
-    flops = [row.flops for row in rows if row.flops]
+def _total(level: str, name: str, rows: list[Row], flops: Flops | None) -> Row:
     return Row(
         level=level,
         name=name,
@@ -264,7 +266,7 @@ def _total(level: str, name: str, rows: list[Row]) -> Row:
         zeros=sum(row.zeros for row in rows),
         dead_rows=sum(row.dead_rows for row in rows),
         dead_columns=sum(row.dead_columns for row in rows),
-        flops=Flops(*map(sum, zip(*flops))) if flops else None,
+        flops=flops,
     )
 
 

@@ -33,7 +33,7 @@ class Target(NamedTuple):
         return self.orig.numel() if self.mask is None else int(self.mask.count_nonzero())
 
 
-def inspect(
+def check_targets(
     parameters: Mapping[str, Iterable[Pair]] | Iterable[Pair],
     importance_scores: Mapping[Pair, Tensor] | None,
 ) -> dict[str, list[Target]]:
@@ -53,6 +53,11 @@ def inspect(
     groups: dict[str, list[Target]] = {}
     for group, pairs in listed.items():
         where = "parameters" if flat else f"parameters[{group!r}]"
+        if isinstance(pairs, nn.Module) or not isinstance(pairs, Iterable):
+            raise TypeError(
+                f"{CALL}: {where} must be an iterable of (module, name) pairs, "
+                f"found {type(pairs).__name__}."
+            )
         groups[group] = [
             _inspect_pair(pair, f"{where}[{i}]", importance_scores) for i, pair in enumerate(pairs)
         ]
