@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -131,6 +132,16 @@ def test_select_tells_apart_what_float64_cannot():
     assert [keep.tolist() for keep in keeps] == [[True, True, False]] * 2
     keeps, _ = selection.select([layer, layer.clone()], 1)
     assert [keep.tolist() for keep in keeps] == [[True, True, True], [True, True, False]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_energy_rounds_nothing(dtype):
+    generator = torch.Generator().manual_seed(2)
+    weight = (torch.randn(3000, generator=generator, dtype=torch.float64) ** 9).to(dtype)
+    weight = weight[weight.isfinite()]
+    expected = sum(Fraction(x) ** 2 for x in weight.tolist() if abs(x) > 0.5)
+    layer = reading.read_layer(weight, None)
+    assert selection._exact_energy(layer, 0.5) == expected
 
 
 def test_select_takes_equal_scores_from_the_last_layer_and_entry():

@@ -322,7 +322,7 @@ def _warn_of_empty(groups: dict[str, list[Target]], masks: dict[str, list[Tensor
         target.label
         for group, targets in groups.items()
         for target, mask in zip(targets, masks[group])
-        if mask.numel() and not mask.any()
+        if mask.numel() and not mask.count_nonzero()
     ]
     if empty:
         more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""

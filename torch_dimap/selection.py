@@ -30,11 +30,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import repeat
+from itertools import product, repeat
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torch_dimap import brackets
@@ -48,6 +49,10 @@ from torch_dimap.reading import (
     sort,
     total,
 )
+
+
+ROW = 1024  # candidates that are added up one after the other
+EXACT = 1 << 17  # products of two 18-bit digits whose sum float64 holds without rounding
 
 
 class _Candidates(NamedTuple):
@@ -169,18 +174,26 @@ def _candidates(layer: FlatLayer, limits: tuple[float, float]) -> _Candidates:
         energies.append(energy_above(magnitude, high, layer.scale))
     magnitude = sort(torch.cat(inside)).flip(0)
     square = (magnitude.to(torch.float64) * layer.scale).square_()
-    score = square / square.cumsum(0).add_(total(energies))
+    score = square / _running_sum(square).add_(total(energies))
     n_above = int(total(above))
     return _Candidates(magnitude, score, layer.nonzeros - n_above - score.numel(), n_above)
+
+
+def _running_sum(values: Tensor) -> Tensor:
+    """Return ``cumsum(values)`` in rows: no entry goes through more than a few thousand sums."""
+    rows = F.pad(values, (0, -values.numel() % ROW)).view(-1, ROW).cumsum(1)
+    rows[1:] += rows[:-1, -1].cumsum(0).unsqueeze(1)
+    return rows.view(-1)[: values.numel()]
 
 
 def _score_error(found: list[_Candidates]) -> float:
     """Bound the relative error of the candidates' scores.
 
     A sum of n positive terms, in any order, errs by less than n units in the last
-    place: n is a block or the candidates; the rest is square, quotient and joining.
+    place: n is a block, or a row and the number of rows of candidates; the rest is
+    square, quotient and joining.
     """
-    terms = max(block_size(c.score) + c.score.numel() for c in found)
+    terms = max(block_size(c.score) + ROW + c.score.numel() // ROW for c in found)
     return (terms + 16) * 2.0**-52
 
 
@@ -233,10 +246,15 @@ def _exact_energy(layer: FlatLayer, above: float) -> Fraction:
     """Sum the unscaled squares of all magnitudes greater than ``above``, without rounding."""
     energy = Fraction(0)
     for magnitude in magnitudes(layer.weight, layer.chooseable):
-        mantissa, exponent = torch.frexp(magnitude[magnitude > above].to(torch.float64))
-        for e in exponent.unique().tolist():
-            integers = (mantissa[exponent == e] * 2.0**53).long().tolist()
-            energy += sum(i * i for i in integers) * Fraction(2) ** (2 * (e - 53))
+        for part in magnitude[magnitude > above].split(EXACT):
+            mantissa, exponent = torch.frexp(part.to(torch.float64))
+            exponents, place = exponent.unique(return_inverse=True)
+            integer = (mantissa * 2.0**53).long()
+            digits = [(integer >> 18 * i & 2**18 - 1).double() for i in range(3)]
+            for i, j in product(range(3), repeat=2):
+                sums = torch.bincount(place, weights=digits[i] * digits[j]).tolist()
+                for e, units in zip(exponents.tolist(), sums):
+                    energy += int(units) * Fraction(2) ** (18 * (i + j) + 2 * (e - 53))
     return energy
 
 
