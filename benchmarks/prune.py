@@ -9,7 +9,8 @@ memory above the model's own. Methods:
   straightforward  DIMAP by sorting every layer, the scores handed to prune.global_unstructured
   torch_dimap      global_module_aware_unstructured
 
-Writes prune.csv (every run), prune.md (medians and ratios) and prune.png to --output.
+Writes prune.csv (every run), prune.md (medians and ratios) and prune.png to --output; on a
+GPU prune-cuda.csv and so on.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ SWINS = {
 }
 AMOUNT = 0.5
 SCALING_LAYERS = 16
+SCALED = ("identity", "torch_dimap")  # what the scaling run compares
 
 
 def identity(groups: dict) -> None:
@@ -178,18 +180,23 @@ def medians(rows: list[dict]) -> list[dict]:
 def markdown(rows: list[dict]) -> str:
     """Lay the medians out as a table, with ratios to ours and to the floor."""
     lines = [
-        "| model | prunable weights | method | seconds | ÷ torch_dimap | extra memory, MB "
-        "| ÷ identity |",
-        "|---|---:|---|---:|---:|---:|---:|",
+        f"Medians of {medians(rows)[0]['runs']} runs on {rows[0]['machine']}, torch "
+        f"{rows[0]['torch']}, seed {rows[0]['seed']}.",
+        "",
+        "| model | prunable weights | method | seconds | ÷ torch_dimap | ÷ identity "
+        "| extra memory, MB | ÷ identity |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     middle = {(row["model"], row["method"]): row for row in medians(rows)}
     for (model, method), row in middle.items():
         own, floor = (middle.get((model, name)) for name in ("torch_dimap", "identity"))
-        time_ratio = f"{row['seconds'] / own['seconds']:.2f}" if own else ""
-        memory_ratio = f"{row['extra_bytes'] / floor['extra_bytes']:.2f}" if floor else ""
+        name = f"{int(model):.0e} in bfloat16" if model.isdigit() else model
+        to_ours = f"{row['seconds'] / own['seconds']:.2f}" if own else ""
+        to_floor = f"{row['seconds'] / floor['seconds']:.2f}" if floor else ""
+        memory = f"{row['extra_bytes'] / floor['extra_bytes']:.2f}" if floor else ""
         lines.append(
-            f"| {model} | {row['prunable']:,} | {method} | {row['seconds']:.3f} | {time_ratio} "
-            f"| {row['extra_bytes'] / 1e6:,.0f} | {memory_ratio} |"
+            f"| {name} | {row['prunable']:,} | {method} | {row['seconds']:.3f} | {to_ours} "
+            f"| {to_floor} | {row['extra_bytes'] / 1e6:,.0f} | {memory} |"
         )
     return "\n".join(lines)
 
@@ -230,7 +237,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--scaling", nargs="*", type=float, default=[1e6, 1e7, 1e8, 1e9], metavar="N",
         help="sizes of the scaling run, bfloat16 weights (default: 1e6 1e7 1e8 1e9)")  # fmt: skip
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS),
-        help="(default: all; the scaling run is of torch_dimap alone)")  # fmt: skip
+        help=f"(default: all; in the scaling run only {' and '.join(SCALED)})")  # fmt: skip
     add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     add("--repeats", type=int, default=5, help="runs of each (default: 5)")
     add("--seed", type=int, default=0, help="of the random weights (default: 0)")
@@ -249,7 +256,8 @@ def main() -> None:
         sys.exit("benchmark: --device cuda needs a GPU, and torch finds none.")
     models = [(label, SWINS.get(label, label)) for label in options.models]
     jobs = [(label, model, method) for label, model in models for method in options.methods]
-    jobs += [(str(int(n)), str(int(n)), "torch_dimap") for n in options.scaling]
+    scaled = [method for method in SCALED if method in options.methods]
+    jobs += [(str(int(n)), str(int(n)), method) for n in options.scaling for method in scaled]
     machine = machine_name(options.device)
     rows = []
     # Round by round, so that a slow spell of the machine touches all methods alike.
