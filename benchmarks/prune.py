@@ -209,7 +209,7 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     middle = medians(rows)
-    for method in METHODS:
+    for i, method in enumerate(METHODS):
         for scaling, style in ((False, "o-"), (True, "s--")):
             points = sorted(
                 (row["prunable"], row["seconds"])
@@ -218,7 +218,7 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
             )
             if points:
                 label = method + (", bfloat16 layers" if scaling else ", timm Swins (float32)")
-                axes.loglog(*zip(*points), style, label=label)
+                axes.loglog(*zip(*points), style, color=f"C{i}", label=label)
     axes.set_xlabel("prunable weights")
     axes.set_ylabel("seconds, median")
     axes.set_title(title, fontsize="medium")
