@@ -45,6 +45,7 @@ from torch_dimap.reading import (
     block_size,
     energy_above,
     magnitudes,
+    pick,
     read_layer,
     sort,
     total,
@@ -170,7 +171,7 @@ def _candidates(layer: FlatLayer, limits: tuple[float, float]) -> _Candidates:
     for magnitude in magnitudes(layer.weight, layer.chooseable):
         over = magnitude > high
         above.append(torch.count_nonzero(over))
-        inside.append(magnitude[(magnitude > low).logical_xor_(over)])
+        inside.append(pick(magnitude, (magnitude > low).logical_xor_(over)))
         energies.append(energy_above(magnitude, high, layer.scale))
     magnitude = sort(torch.cat(inside)).flip(0)
     square = (magnitude.to(torch.float64) * layer.scale).square_()
