@@ -364,6 +364,11 @@ def test_hold_masks_serves_layers_pruned_by_torch():
     assert pre_hooks(model) == []
 
 
+def test_hold_masks_refuses_what_is_no_model():
+    with pytest.raises(TypeError, match="hold_masks.*: model must be an nn.Module, found list"):
+        torch_dimap.hold_masks([nn.Linear(2, 2)])
+
+
 def test_hold_masks_leaves_a_dense_model_alone():
     assert pre_hooks(torch_dimap.hold_masks(build("torchvision swin"))) == []
 

@@ -64,11 +64,16 @@ def hold_masks(model: nn.Module) -> nn.Module:
     Returns:
         ``model``.
 
+    Raises:
+        TypeError: if ``model`` is no module.
+
     Example:
         >>> attention = nn.MultiheadAttention(8, 2)  # calls no out_proj, only reads it
         >>> _ = prune.l1_unstructured(attention.out_proj, "weight", amount=0.5)
         >>> attention = hold_masks(attention)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"hold_masks(): model must be an nn.Module, found {type(model).__name__}.")
     for module, place in survey(model).items():
         if pruning_methods(module):
             note_readers(module, place.readers)

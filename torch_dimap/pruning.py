@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torch_dimap.amounts import amounts_by_group, check_amount, count_to_prune
+from torch_dimap.attaching import all_or_nothing, attach
 from torch_dimap.grouping import Pair
 from torch_dimap.hooks import hold, known_readers, pruning_methods, release
 from torch_dimap.importance import check_finite
@@ -172,10 +172,10 @@ def global_module_aware_unstructured(
     _warn_of_empty(groups, masks)  # first: where warnings are errors, nothing may change
     everything = [target for targets in groups.values() for target in targets]
     readers = known_readers(target.module for target in everything)
-    with _all_or_nothing(everything, readers):
+    with all_or_nothing(everything, readers):
         for group, targets in groups.items():
             for target, mask in zip(targets, masks[group]):
-                _attach(target, pruning_method(**settings[group]), mask)
+                attach(target, pruning_method(**settings[group]), mask)
         for reader in readers:
             hold(reader)
     return thresholds
@@ -200,9 +200,10 @@ def remove_all(model: nn.Module) -> nn.Module:
         raise TypeError(f"remove_all(): model must be an nn.Module, found {type(model).__name__}.")
     for place, module in model.named_modules():
         for name in (method._tensor_name for method in pruning_methods(module)):
+            label = f"{place}.{name}".removeprefix(".")
             if f"{name}_orig" not in module._parameters or f"{name}_mask" not in module._buffers:
                 raise RuntimeError(
-                    f"remove_all(): {place}.{name} must have a parameter {name}_orig and a buffer "
+                    f"remove_all(): {label} must have a parameter {name}_orig and a buffer "
                     f"{name}_mask, found not both: build the model again and load its weights."
                 )
     for module in reversed(list(model.modules())):  # inner ones first
@@ -262,59 +263,6 @@ def _choose_flat(
         keep[keep.clone()] = part.to(keep.device)
     pruned = flat[~kept].abs()
     return allowed, float(pruned.max()) if pruned.numel() else 0.0
-
-
-def _attach(target: Target, method: prune.BasePruningMethod, mask: Tensor) -> None:
-    """Do to one module what torch's ``BasePruningMethod.apply`` does once it has a mask."""
-    module, name, orig = target.module, target.name, target.orig
-    method._tensor_name = name
-    if target.method is None:
-        module.register_parameter(f"{name}_orig", orig)
-        del module._parameters[name]
-    else:
-        hooks = module._forward_pre_hooks
-        hooks.pop(next(key for key, hook in hooks.items() if hook is target.method))
-        method = _container(target.method, method)
-    if not orig.is_contiguous():  # a mask of another layout would slow every forward
-        mask = torch.empty_like(orig, dtype=torch.bool).copy_(mask)
-    module.register_buffer(f"{name}_mask", mask)
-    # Without a graph the module can be copied, for an EMA, right away.
-    with torch.no_grad():
-        setattr(module, name, method.apply_mask(module))
-    module.register_forward_pre_hook(method)
-
-
-def _container(
-    old: prune.BasePruningMethod, new: prune.BasePruningMethod
-) -> prune.PruningContainer:
-    """Join a tensor's earlier methods and a new one, leaving the earlier as they are."""
-    earlier = list(old) if isinstance(old, prune.PruningContainer) else [old]
-    container = prune.PruningContainer(earlier[0])
-    for method in [*earlier[1:], new]:
-        container.add_pruning_method(method)
-    return container
-
-
-@contextmanager
-def _all_or_nothing(targets: list[Target], readers: list[nn.Module]) -> Iterator[None]:
-    """Put all modules back as they were if the block fails."""
-    before: list[tuple[MutableMapping, dict]] = [
-        (table, dict(table))
-        for module in dict.fromkeys([*(target.module for target in targets), *readers])
-        for table in (module._parameters, module._buffers, module._forward_pre_hooks)
-    ]
-    weights = [(t, vars(t.module)[t.name]) for t in targets if t.name in vars(t.module)]
-    try:
-        yield
-    except BaseException:
-        for target in targets:
-            vars(target.module).pop(target.name, None)
-        for target, weight in weights:
-            vars(target.module)[target.name] = weight
-        for table, entries in before:  # in place: hook handles refer to these very dicts
-            table.clear()
-            table.update(entries)
-        raise
 
 
 def _warn_of_empty(groups: dict[str, list[Target]], masks: dict[str, list[Tensor]]) -> None:
