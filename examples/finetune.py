@@ -113,7 +113,7 @@ def start_processes(options: argparse.Namespace) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def claim_output(options: argparse.Namespace, rank: int) -> dict[str, Any] | None:
+def claim_output(options: argparse.Namespace) -> dict[str, Any] | None:
     """Return the state to resume from, if any; refuse a folder that holds another run."""
     last = options.output / "last.pth"
     if not options.resume:
@@ -238,7 +238,7 @@ def save_baked(model: nn.Module, path: Path) -> None:
 
 def run(options: argparse.Namespace) -> None:
     rank, world = start_processes(options)
-    state = claim_output(options, rank)
+    state = claim_output(options)
     train, test, classes = open_splits(options)
     model = build(options, classes, state)
     set_transforms(train, test, model, options, options.augmentation, options.scale)

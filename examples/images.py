@@ -41,7 +41,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=128, metavar="N",
         help="images per process and forward (default: 128)")
     add("--workers", type=int, default=2, metavar="N", help="loader processes (default: 2)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--device", choices=["cuda", "cpu"],
+        default="cuda" if torch.cuda.is_available() else "cpu", help="(default: what is there)")
     add("--amp", choices=AMP, default="bfloat16", help="autocast's dtype (default: bfloat16)")
 
 
