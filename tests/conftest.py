@@ -34,7 +34,7 @@ def images() -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def image_folder(tmp_path_factory):
+def data(tmp_path_factory):
     """A folder of images, to be left as it is."""
     return write_images(tmp_path_factory.mktemp("images"))
 

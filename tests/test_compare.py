@@ -115,14 +115,14 @@ def run(monkeypatch, one_thread):
 
 
 def test_compare_writes_a_row_for_every_seed_method_and_amount(
-    image_folder, tmp_path, run, capsys
+    data, tmp_path, run, capsys
 ):
     files = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         files.append(tmp_path / f"{seed}.pth")
         torch.save(timm.create_model(SWIN, num_classes=2, **SMALL).state_dict(), files[-1])
-    run(SWIN, "--checkpoints", *files, "--model-kwargs", *KWARGS, "--data", image_folder, "--workers", 0,
+    run(SWIN, "--checkpoints", *files, "--model-kwargs", *KWARGS, "--data", data, "--workers", 0,
         "--device", "cpu", "--batch-size", 8, "--amounts", 0.5, 0.9, "--gradient-batches", 2,
         "--output", tmp_path / "out")  # fmt: skip
     assert sorted(os.listdir(tmp_path / "out")) == ["one_shot.csv", "one_shot.md", "one_shot.png"]

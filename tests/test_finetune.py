@@ -60,8 +60,8 @@ def column(output, key):
     return [float(row[key]) for row in log(output)]
 
 
-def test_finetune_prunes_bakes_and_saves_a_plain_model(image_folder, tmp_path, run):
-    run(*arguments(image_folder, tmp_path / "out", "--amount", 0.55))
+def test_finetune_prunes_bakes_and_saves_a_plain_model(data, tmp_path, run):
+    run(*arguments(data, tmp_path / "out", "--amount", 0.55))
     assert [row["zeros"] for row in log(tmp_path / "out")] == [str(round(0.55 * PRUNABLE))] * 3
     assert sorted(os.listdir(tmp_path / "out")) == ["last.pth", "log.csv", "model.safetensors"]
     path = tmp_path / "out" / "model.safetensors"
@@ -70,8 +70,8 @@ def test_finetune_prunes_bakes_and_saves_a_plain_model(image_folder, tmp_path, r
     assert sum(zeros.values()) - zeros.get("head.fc.weight", 0) >= round(0.55 * PRUNABLE)
 
 
-def test_finetune_learns_and_follows_the_recipe_of_the_learning_rate(image_folder, tmp_path, run):
-    run(*arguments(image_folder, tmp_path / "out", "--amount", 0.3, "--epochs", 6, "--min-lr", 1e-5,
+def test_finetune_learns_and_follows_the_recipe_of_the_learning_rate(data, tmp_path, run):
+    run(*arguments(data, tmp_path / "out", "--amount", 0.3, "--epochs", 6, "--min-lr", 1e-5,
                    *PLAIN))  # fmt: skip
     losses, rates = (column(tmp_path / "out", key) for key in ("loss", "lr"))
     assert losses[-1] < losses[0]
@@ -79,8 +79,8 @@ def test_finetune_learns_and_follows_the_recipe_of_the_learning_rate(image_folde
 
 
 @pytest.mark.parametrize("method", ["dimap", "single", "uniform", "global", "random"])
-def test_finetune_reaches_the_amount_in_rounds(image_folder, tmp_path, run, method):
-    run(*arguments(image_folder, tmp_path / "out", "--amount", 0.8, "--steps", 2, "--epochs", 4,
+def test_finetune_reaches_the_amount_in_rounds(data, tmp_path, run, method):
+    run(*arguments(data, tmp_path / "out", "--amount", 0.8, "--steps", 2, "--epochs", 4,
                    "--method", method, "--ema-decay", 0.5, "--accumulate", 2))  # fmt: skip
     early, late = round(0.7 * PRUNABLE), round(0.8 * PRUNABLE)  # 0.8 * (1 - (1 / 2) ** 3)
     zeros = column(tmp_path / "out", "zeros")
@@ -93,27 +93,27 @@ def test_finetune_reaches_the_amount_in_rounds(image_folder, tmp_path, run, meth
         assert zeros[-1] == at_once
 
 
-def test_finetune_without_an_amount_trains_a_dense_model(image_folder, tmp_path, run):
-    run(*arguments(image_folder, tmp_path / "out", "--amount", 0))
+def test_finetune_without_an_amount_trains_a_dense_model(data, tmp_path, run):
+    run(*arguments(data, tmp_path / "out", "--amount", 0))
     assert column(tmp_path / "out", "zeros") == [0, 0, 0]
     model = timm.create_model(SWIN, num_classes=2, **SMALL)
     model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
 
 
-def test_finetune_accumulates_to_the_same_losses(image_folder, tmp_path, run):
-    run(*arguments(image_folder, tmp_path / "once", "--amount", 0.5, *PLAIN))
-    run(*arguments(image_folder, tmp_path / "parts", "--amount", 0.5, *PLAIN, "--batch-size", 4,
+def test_finetune_accumulates_to_the_same_losses(data, tmp_path, run):
+    run(*arguments(data, tmp_path / "once", "--amount", 0.5, *PLAIN))
+    run(*arguments(data, tmp_path / "parts", "--amount", 0.5, *PLAIN, "--batch-size", 4,
                    "--accumulate", 2))  # fmt: skip
     once, parts = (column(tmp_path / name, "loss") for name in ("once", "parts"))
     np.testing.assert_allclose(once, parts, rtol=1e-5)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
-def test_finetune_in_two_processes_has_the_losses_of_one(image_folder, tmp_path, run):
+def test_finetune_in_two_processes_has_the_losses_of_one(data, tmp_path, run):
     words = ("--amount", 0.5, "--steps", 2, "--ema-decay", 0.5, *PLAIN)
-    run(*arguments(image_folder, tmp_path / "one", *words))
+    run(*arguments(data, tmp_path / "one", *words))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = start(*arguments(image_folder, tmp_path / "two", *words, "--batch-size", 4), torchrun=torchrun)
+    two = start(*arguments(data, tmp_path / "two", *words, "--batch-size", 4), torchrun=torchrun)
     output, _ = two.communicate()
     assert two.returncode == 0, output
     for key, tolerance in (("loss", 1e-5), ("top1", 0), ("zeros", 0), ("lr", 0)):
@@ -123,10 +123,10 @@ def test_finetune_in_two_processes_has_the_losses_of_one(image_folder, tmp_path,
     torch.testing.assert_close(one, both, rtol=1e-3, atol=1e-5)
 
 
-def test_finetune_resumes_after_a_kill_to_the_same_weights(image_folder, tmp_path, run):
+def test_finetune_resumes_after_a_kill_to_the_same_weights(data, tmp_path, run):
     words = ("--amount", 0.6, "--steps", 3, "--method", "random", "--ema-decay", 0.9,
              "--epochs", 9)  # fmt: skip
-    whole, killed = (arguments(image_folder, tmp_path / name, *words) for name in ("whole", "killed"))
+    whole, killed = (arguments(data, tmp_path / name, *words) for name in ("whole", "killed"))
     run(*whole)
     process = start(*killed)
     while not (tmp_path / "killed" / "log.csv").exists() and process.poll() is None:
@@ -145,10 +145,10 @@ def test_finetune_resumes_after_a_kill_to_the_same_weights(image_folder, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def finished(image_folder, tmp_path_factory):
+def finished(data, tmp_path_factory):
     """The output of a run, and its arguments."""
     output = tmp_path_factory.mktemp("finished") / "out"
-    words = arguments(image_folder, output, "--amount", 0.5, "--epochs", 2)
+    words = arguments(data, output, "--amount", 0.5, "--epochs", 2)
     process = start(*words)
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
@@ -174,8 +174,8 @@ def test_finetune_overwrites_nothing(finished, run):
     assert contents(output) == before
 
 
-def test_finetune_refuses_to_resume_from_nothing_or_from_other_files(image_folder, tmp_path, run):
-    words = arguments(image_folder, tmp_path, "--amount", 0.5, "--resume")
+def test_finetune_refuses_to_resume_from_nothing_or_from_other_files(data, tmp_path, run):
+    words = arguments(data, tmp_path, "--amount", 0.5, "--resume")
     refused(run, words, "there is no file", "last.pth")
     (tmp_path / "last.pth").write_bytes(b"text")
     refused(run, words, "last.pth must be written by this script")
@@ -183,8 +183,8 @@ def test_finetune_refuses_to_resume_from_nothing_or_from_other_files(image_folde
     refused(run, words, "last.pth must be written by this script")
 
 
-def test_finetune_keeps_the_last_state_when_the_disk_is_full(image_folder, tmp_path, run):
-    words = arguments(image_folder, tmp_path / "out", "--amount", 0.5, "--epochs", 8)
+def test_finetune_keeps_the_last_state_when_the_disk_is_full(data, tmp_path, run):
+    words = arguments(data, tmp_path / "out", "--amount", 0.5, "--epochs", 8)
     process = start(*words)
     while not (tmp_path / "out" / "log.csv").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -204,7 +204,7 @@ def test_finetune_keeps_the_last_state_when_the_disk_is_full(image_folder, tmp_p
 def broken(data, folder, change):
     """Copy the data and break the copy."""
     for path in data.rglob("*.png"):
-        target = folder / path.relative_to(image_folder)
+        target = folder / path.relative_to(data)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     change(folder)
@@ -236,25 +236,25 @@ def cut_an_image(folder):
 )
 @pytest.mark.parametrize("workers", [0, 1])
 def test_finetune_names_what_is_wrong_with_the_images(
-    image_folder, tmp_path, run, change, messages, workers
+    data, tmp_path, run, change, messages, workers
 ):
-    folder = broken(image_folder, tmp_path / "data", change)
+    folder = broken(data, tmp_path / "data", change)
     words = arguments(folder, tmp_path / "out", "--amount", 0.5, "--workers", workers)
     refused(run, words, *messages)
     assert not (tmp_path / "out").exists()
 
 
-def test_finetune_refuses_weights_of_another_model(image_folder, tmp_path, run):
+def test_finetune_refuses_weights_of_another_model(data, tmp_path, run):
     torch.manual_seed(0)
     torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "vit.pth")
-    words = arguments(image_folder, tmp_path / "out", "--amount", 0.5, "--checkpoint", tmp_path / "vit.pth")
+    words = arguments(data, tmp_path / "out", "--amount", 0.5, "--checkpoint", tmp_path / "vit.pth")
     refused(run, words, "vit.pth", SWIN)
     refused(run, [*words, "--checkpoint", "nowhere.pth"], "there is no file nowhere.pth")
     assert not (tmp_path / "out").exists()
 
 
-def test_finetune_stops_at_a_loss_that_is_not_finite(image_folder, tmp_path, run):
-    words = arguments(image_folder, tmp_path / "out", "--amount", 0.5, "--lr", 1e30, "--warmup-epochs", 0)
+def test_finetune_stops_at_a_loss_that_is_not_finite(data, tmp_path, run):
+    words = arguments(data, tmp_path / "out", "--amount", 0.5, "--lr", 1e30, "--warmup-epochs", 0)
     refused(run, words, "the loss of epoch 1 is nan")
     assert not (tmp_path / "out").exists()
 
@@ -269,12 +269,12 @@ def test_finetune_stops_at_a_loss_that_is_not_finite(image_folder, tmp_path, run
         (["--amount", "0.5", "--ema-decay", "1"], "--ema-decay must lie between 0 and 1"),
     ],
 )
-def test_finetune_checks_its_options(image_folder, tmp_path, run, capsys, words, message):
+def test_finetune_checks_its_options(data, tmp_path, run, capsys, words, message):
     with pytest.raises(SystemExit):
-        run(*arguments(image_folder, tmp_path / "out", *words))
+        run(*arguments(data, tmp_path / "out", *words))
     assert message in capsys.readouterr().err
 
 
-def test_finetune_says_when_the_images_fill_no_step(image_folder, tmp_path, run):
-    words = arguments(image_folder, tmp_path / "out", "--amount", 0.5, "--batch-size", 64)
+def test_finetune_says_when_the_images_fill_no_step(data, tmp_path, run):
+    words = arguments(data, tmp_path / "out", "--amount", 0.5, "--batch-size", 64)
     refused(run, words, "48 training images fill no step")
