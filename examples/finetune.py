@@ -38,6 +38,7 @@ from images import (
 )
 from methods import METHODS, cubic_schedule, prune_to
 from models import add_model_kwargs_argument, add_weights_arguments, fail, load_model
+from provenance import provenance
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -253,6 +254,7 @@ def run(options: argparse.Namespace) -> None:
     if options.augmentation == "swin":
         mixup = Mixup(0.8, 1.0, label_smoothing=options.smoothing, num_classes=classes)
     rounds = pruning_rounds(options)
+    about = provenance(options.device)
     top1 = training.log[-1]["top1"] if training.log else float("nan")
     while training.epochs_done < options.epochs:
         epoch = training.epochs_done
@@ -273,9 +275,10 @@ def run(options: argparse.Namespace) -> None:
         gone = sum(int((mask == 0).sum()) for mask in masks(model).values())
         training.epochs_done += 1
         training.log.append({
-            "epoch": epoch + 1, "loss": loss, "top1": top1, "zeros": gone,
+            "method": options.method if options.amount else "dense", "amount": options.amount,
+            "seed": options.seed, "epoch": epoch + 1, "loss": loss, "top1": top1, "zeros": gone,
             "lr": training.optimizer.param_groups[0]["lr"],
-            "images_per_second": round(images * world / seconds, 1),
+            "images_per_second": round(images * world / seconds, 1), **about,
         })  # fmt: skip
         if rank == 0:
             save(training, options)

@@ -114,9 +114,7 @@ def run(monkeypatch, one_thread):
     return run
 
 
-def test_compare_writes_a_row_for_every_seed_method_and_amount(
-    data, tmp_path, run, capsys
-):
+def test_compare_writes_a_row_for_every_seed_method_and_amount(data, tmp_path, run, capsys):
     files = []
     for seed in (0, 1):
         torch.manual_seed(seed)
