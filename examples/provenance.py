@@ -38,7 +38,7 @@ def provenance(device: str) -> dict[str, str]:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "machine": machine_name(device),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of its own, which weights_only refuses
         "timm": timm.__version__,
         "commit": commit(),
     }
