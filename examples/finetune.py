@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
-import os
 import sys
 import time
 from pathlib import Path
@@ -47,7 +46,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from training import Training, set_seeds, train_epoch, updates_per_epoch, whole_or_not_at_all
+from training import (
+    Training,
+    set_seeds,
+    start_processes,
+    sum_over_processes,
+    train_epoch,
+    updates_per_epoch,
+    whole_or_not_at_all,
+)
 
 import torch_dimap
 
@@ -102,16 +109,6 @@ def parse() -> argparse.Namespace:
     if options.augmentation == "swin" and options.batch_size % 2:
         parser.error(f"--batch-size must be even for mixup, found {options.batch_size}")
     return options
-
-
-def start_processes(options: argparse.Namespace) -> tuple[int, int]:
-    """Return this process's number and that of all, as torchrun set them."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    if options.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
 
 
 def claim_output(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -210,14 +207,6 @@ def prepare(
     if state:
         training.load_state_dict(state)
     return training
-
-
-def sum_over_processes(*values: float) -> list[float]:
-    total = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
-        total = total.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(total)
-    return total.tolist()
 
 
 def save(training: Training, options: argparse.Namespace) -> None:

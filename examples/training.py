@@ -1,4 +1,4 @@
-"""Train a model for an epoch, and keep all that a later run needs to go on exactly."""
+"""Train for an epoch, in one process or several; keep what a later run needs to go on."""
 
 from __future__ import annotations
 
@@ -62,6 +62,24 @@ class Training:
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
         self.epochs_done, self.log = state["epochs_done"], state["log"]
+
+
+def start_processes(options: argparse.Namespace) -> tuple[int, int]:
+    """Return this process's number and that of all, as torchrun set them."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if options.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def sum_over_processes(*values: float) -> list[float]:
+    total = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        total = total.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(total)
+    return total.tolist()
 
 
 def set_seeds(*numbers: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -142,6 +143,17 @@ def test_finetune_resumes_after_a_kill_to_the_same_weights(data, tmp_path, run):
         assert column(tmp_path / "whole", key) == column(tmp_path / "killed", key)
     one, other = (tmp_path / name / "model.safetensors" for name in ("whole", "killed"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_finetune_says_how_to_go_on_after_ctrl_c(data, tmp_path):
+    process = start(*arguments(data, tmp_path / "out", "--amount", 0.5, "--epochs", 30))
+    while not (tmp_path / "out" / "log.csv").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130, output
+    assert "stopped; --resume goes on" in output and "Traceback" not in output
+    torch.load(tmp_path / "out" / "last.pth", weights_only=True)
 
 
 @pytest.fixture(scope="module")
