@@ -290,3 +290,12 @@ def test_finetune_checks_its_options(data, tmp_path, run, capsys, words, message
 def test_finetune_says_when_the_images_fill_no_step(data, tmp_path, run):
     words = arguments(data, tmp_path / "out", "--amount", 0.5, "--batch-size", 64)
     refused(run, words, "48 training images fill no step")
+
+
+@pytest.mark.parametrize("dataset", ["torch/image_folder", "folder"])
+def test_finetune_opens_timms_data_sets(data, tmp_path, run, dataset):
+    words = ("--amount", 0.5, "--epochs", 2, *PLAIN)
+    run(*arguments(data, tmp_path / "done", *words, "--dataset", dataset))
+    assert column(tmp_path / "done", "epoch") == [1, 2]
+    refused(run, arguments(data, tmp_path / "out", *words, "--dataset", dataset, "--train-split",
+                           "nowhere"), "nowhere")  # fmt: skip
