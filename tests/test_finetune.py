@@ -293,8 +293,8 @@ def test_finetune_says_when_the_images_fill_no_step(data, tmp_path, run):
 
 
 def test_finetune_opens_timms_data_sets(data, tmp_path, run):
-    words = ("--dataset", "torch/image_folder", "--amount", 0.5, "--epochs", 2)
-    run(*arguments(data, tmp_path / "done", *words))
+    words = ("--amount", 0.5, "--epochs", 2, "--dataset")
+    run(*arguments(data, tmp_path / "done", *words, "torch/image_folder"))
     assert column(tmp_path / "done", "epoch") == [1, 2]
-    words = arguments(data, tmp_path / "out", *words, "--train-split", "nowhere")
-    refused(run, words, "cannot open the split 'nowhere' of torch/image_folder")
+    words = arguments(data, tmp_path / "out", *words, "torch/nothing")
+    refused(run, words, "cannot open the split 'train' of torch/nothing")
