@@ -40,7 +40,7 @@ from training import set_seeds, whole_or_not_at_all
 import torch_dimap
 
 PANELS = {
-    "scores and rankings": ("dimap", "single", "uniform", "global", "gradient", "random"),
+    "scores and rankings": ("dimap", "single", "uniform", "global", "gradient"),
     "groupings of the DIMAP score": ("dimap", "single", "per type", "per stage", "per block"),
 }
 
