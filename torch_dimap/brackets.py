@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from torch_dimap.reading import FlatLayer, magnitudes, sort
+from torch_dimap.reading import FlatLayer, magnitude_of, sort
 
 SAMPLE = 1 << 14  # entries of a layer from which its bracket is guessed
 MARGIN = 4.0  # reach of a bracket, in standard deviations of a sampled rank
@@ -24,13 +24,16 @@ class Sample(NamedTuple):
 
 def take_sample(layer: FlatLayer) -> Sample:
     """Pick entries all over a layer and estimate their scores."""
-    size = layer.weight.numel()
-    step = max(1, size // SAMPLE)
-    while math.gcd(step, max(1, size)) > 1:  # else it might see a few columns only
+    step = max(1, layer.size // SAMPLE)
+    while math.gcd(step, max(1, layer.size)) > 1:  # else it might see a few columns only
         step += 1
-    chooseable = None if layer.chooseable is None else layer.chooseable[::step]
-    spread = torch.cat(list(magnitudes(layer.weight[::step], chooseable)))
-    magnitude = sort(spread[spread > 0].cpu()).double().numpy()
+    position, parts = 0, [torch.empty(0)]
+    for weight, chooseable in layer.blocks():
+        part = slice(-position % step, None, step)
+        position += weight.numel()
+        found = magnitude_of(weight[part], None if chooseable is None else chooseable[part])
+        parts.append(found[found > 0].cpu())
+    magnitude = sort(torch.cat(parts)).double().numpy()
     entries = layer.nonzeros / max(1, len(magnitude))
     square = np.square(magnitude * layer.scale.item())
     # A sample tells well what the small entries hold together, and badly what the

@@ -40,11 +40,13 @@ from torch import Tensor
 
 from torch_dimap import brackets
 from torch_dimap.brackets import bracket, guess_threshold, take_sample
+from torch_dimap.cuts import Cut, mask_of
 from torch_dimap.reading import (
     FlatLayer,
     block_size,
+    blocks_of,
     energy_above,
-    magnitudes,
+    magnitude_of,
     pick,
     read_layer,
     sort,
@@ -63,13 +65,6 @@ class _Candidates(NamedTuple):
     score: Tensor  # float64, each within the relative error of _score_error
     below: int  # non-zero ones only
     above: int
-
-
-class _Cut(NamedTuple):
-    """What stays of a layer: all above ``magnitude``, and the first ``ties`` equal to it."""
-
-    magnitude: float
-    ties: int
 
 
 def select(
@@ -92,33 +87,29 @@ def select(
         ValueError: if ``count`` is negative or above the number of entries to choose
             from.
     """
-    with _each_layer(weights) as each:
-        layers = list(each(read_layer, weights, masks or [None] * len(weights)))
-        zeros, nonzeros = sum(x.zeros for x in layers), sum(x.nonzeros for x in layers)
-        if not 0 <= count <= zeros + nonzeros:
+    on_cpu = all(weight.device.type == "cpu" for weight in weights)
+    with each_layer(len(weights), on_cpu) as each:
+        blocks = list(map(blocks_of, weights, masks or [None] * len(weights)))
+        layers = list(each(read_layer, blocks))
+        entries = sum(x.zeros + x.nonzeros for x in layers)
+        if not 0 <= count <= entries:
             raise ValueError(
-                f"select(): count must lie between 0 and the {zeros + nonzeros} entries "
+                f"select(): count must lie between 0 and the {entries} entries "
                 f"to choose from, found {count}."
             )
-        if count <= zeros:
-            cuts, threshold = _cut_zeros(layers, count), 0.0
-        elif count == zeros + nonzeros:
-            cuts, threshold = [_Cut(math.inf, 0)] * len(layers), 1.0
-        else:
-            cuts, threshold = _cut_nonzeros(layers, count - zeros, each)
-        keeps = [keep.view(w.shape) for keep, w in zip(each(_mask, layers, cuts), weights)]
-    return keeps, threshold
+        cuts, threshold = find_cuts(layers, count, each)
+        return list(each(mask_of, weights, blocks, cuts)), threshold
 
 
 @contextmanager
-def _each_layer(weights: Sequence[Tensor]) -> Iterator[Callable[..., Iterator]]:
+def each_layer(layers: int, on_cpu: bool = True) -> Iterator[Callable[..., Iterator]]:
     """Yield a ``map`` that works on as many layers at once as torch has threads.
 
     Left to itself torch would share every operation on a block among all threads, and
     wherever another process holds a core each of these thousands of meetings waits for it.
     """
     threads = torch.get_num_threads()
-    if min(threads, len(weights)) == 1 or any(w.device.type != "cpu" for w in weights):
+    if min(threads, layers) <= 1 or not on_cpu:
         yield map
         return
     try:
@@ -128,19 +119,34 @@ def _each_layer(weights: Sequence[Tensor]) -> Iterator[Callable[..., Iterator]]:
         torch.set_num_threads(threads)
 
 
-def _cut_zeros(layers: list[FlatLayer], count: int) -> list[_Cut]:
+def find_cuts(
+    layers: list[FlatLayer], count: int, each: Callable[..., Iterator] = map
+) -> tuple[list[Cut], float]:
+    """Find the cut of each layer of a group, for ``count`` entries in all, and the threshold.
+
+    The layers are read several times, block by block, and need not lie in memory.
+    """
+    zeros = sum(x.zeros for x in layers)
+    if count <= zeros:
+        return _cut_zeros(layers, count), 0.0
+    if count == zeros + sum(x.nonzeros for x in layers):
+        return [Cut(math.inf, 0, 0)] * len(layers), 1.0
+    return _cut_nonzeros(layers, count - zeros, each)
+
+
+def _cut_zeros(layers: list[FlatLayer], count: int) -> list[Cut]:
     """Prune ``count`` zeros and nothing else."""
     cuts = []
     for layer in reversed(layers):
         taken = min(layer.zeros, count)
-        cuts.append(_Cut(0.0, layer.zeros - taken))
+        cuts.append(Cut(0.0, layer.zeros - taken, layer.zeros + layer.nonzeros - taken))
         count -= taken
     return cuts[::-1]
 
 
 def _cut_nonzeros(
     layers: list[FlatLayer], count: int, each: Callable[..., Iterator]
-) -> tuple[list[_Cut], float]:
+) -> tuple[list[Cut], float]:
     """Prune every zero, and of the rest the ``count`` lowest."""
     samples = list(each(take_sample, layers))
     guess = guess_threshold(samples, count)
@@ -157,7 +163,7 @@ def _cut_nonzeros(
                 for n, c in zip(chosen, found)
             ]
             if not any(missed):
-                return [_cut(c, n) for c, n in zip(found, chosen)], threshold
+                return list(map(_cut, layers, found, chosen)), threshold
         else:
             missed = [c.below + c.above > 0 for c in found]
         for i in (i for i, is_missed in enumerate(missed) if is_missed):
@@ -168,7 +174,8 @@ def _cut_nonzeros(
 def _candidates(layer: FlatLayer, limits: tuple[float, float]) -> _Candidates:
     low, high = limits
     inside, above, energies = [], [], []
-    for magnitude in magnitudes(layer.weight, layer.chooseable):
+    for block in layer.blocks():
+        magnitude = magnitude_of(*block)
         over = magnitude > high
         above.append(torch.count_nonzero(over))
         inside.append(pick(magnitude, (magnitude > low).logical_xor_(over)))
@@ -246,7 +253,8 @@ def _settle_exactly(
 def _exact_energy(layer: FlatLayer, above: float) -> Fraction:
     """Sum the unscaled squares of all magnitudes greater than ``above``, without rounding."""
     energy = Fraction(0)
-    for magnitude in magnitudes(layer.weight, layer.chooseable):
+    for block in layer.blocks():
+        magnitude = magnitude_of(*block)
         for part in magnitude[magnitude > above].split(EXACT):
             mantissa, exponent = torch.frexp(part.to(torch.float64))
             exponents, place = exponent.unique(return_inverse=True)
@@ -259,26 +267,14 @@ def _exact_energy(layer: FlatLayer, above: float) -> Fraction:
     return energy
 
 
-def _cut(candidates: _Candidates, pruned: int) -> _Cut:
+def _cut(layer: FlatLayer, candidates: _Candidates, pruned: int) -> Cut:
     """Cut a layer so that its ``pruned`` lowest candidates, and all below, go."""
+    kept = layer.nonzeros - candidates.below - pruned
     if pruned == 0:
-        return _Cut(0.0, 0)
-    kept = candidates.magnitude[:-pruned]
+        return Cut(0.0, 0, kept)
+    staying = candidates.magnitude[:-pruned]
     magnitude = candidates.magnitude[-pruned]
-    return _Cut(magnitude.item(), int((kept == magnitude).count_nonzero()))
-
-
-def _mask(layer: FlatLayer, cut: _Cut) -> Tensor:
-    keep = torch.empty(layer.weight.numel(), dtype=torch.bool, device=layer.weight.device)
-    ties = cut.ties
-    outs = keep.split(block_size(keep))
-    for magnitude, out in zip(magnitudes(layer.weight, layer.chooseable), outs):
-        torch.gt(magnitude, cut.magnitude, out=out)
-        if ties:
-            tied = (magnitude == cut.magnitude).nonzero().squeeze(1)[:ties]
-            out[tied] = True
-            ties -= tied.numel()
-    return keep
+    return Cut(magnitude.item(), int((staying == magnitude).count_nonzero()), kept)
 
 
 def _kth_smallest(vectors: list[Tensor], k: int) -> float:
