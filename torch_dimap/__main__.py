@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_dimap import __version__
-from torch_dimap.sources import build, load_weights, read_weights, skeleton
+from torch_dimap.skeletons import skeleton
+from torch_dimap.sources import build, load_weights, read_weights
 from torch_dimap.summary import Summary, summarize
 from torch_dimap.table1 import PAPER, table1, table1_cells
 from torch_dimap.tables import aligned, markdown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
 
@@ -13,7 +14,7 @@ from torch.nn.utils import prune
 from torch_dimap.amounts import amounts_by_group, check_amount, count_to_prune
 from torch_dimap.attaching import all_or_nothing, attach
 from torch_dimap.grouping import Pair
-from torch_dimap.hooks import hold, known_readers, pruning_methods, release
+from torch_dimap.hooks import hold, known_readers, pruned_tensors, pruning_methods, release
 from torch_dimap.importance import check_finite
 from torch_dimap.selection import select
 from torch_dimap.targets import CALL, Target, check_targets
@@ -198,14 +199,7 @@ def remove_all(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"remove_all(): model must be an nn.Module, found {type(model).__name__}.")
-    for place, module in model.named_modules():
-        for name in (method._tensor_name for method in pruning_methods(module)):
-            label = f"{place}.{name}".removeprefix(".")
-            if f"{name}_orig" not in module._parameters or f"{name}_mask" not in module._buffers:
-                raise RuntimeError(
-                    f"remove_all(): {label} must have a parameter {name}_orig and a buffer "
-                    f"{name}_mask, found not both: build the model again and load its weights."
-                )
+    deque(pruned_tensors(model, "remove_all()"), maxlen=0)  # all are sound, or nothing changes
     for module in reversed(list(model.modules())):  # inner ones first
         for method in pruning_methods(module):
             with torch.no_grad():

@@ -114,7 +114,11 @@ def each_layer(layers: int, on_cpu: bool = True) -> Iterator[Callable[..., Itera
         return
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool.map
+            try:
+                yield pool.map
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     finally:  # the workers' setting is also what threads started later would get
         torch.set_num_threads(threads)
 

@@ -1,0 +1,238 @@
+"""Weights in a file, by name, read block by block: safetensors, shards of it, pickles.
+
+What is read here may have been made to do harm: sizes are checked before memory is asked
+for, counts and checksums when the values are read, and pickles are loaded by torch with
+``weights_only=True``, which runs no code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_dimap.entries import Entry, entry_of, join_masks
+from torch_dimap.headers import MAX_HEADER, Kind, Stored, parse_json, read_header
+from torch_dimap.packing import packed_size, scatter, tensor_of, unpack_mask
+from torch_dimap.pickles import mapped_ranges, place_in_file, read_pickle
+from torch_dimap.reading import CPU_BLOCK
+from torch_dimap.records import Record, kept_name, mask_name, read_record
+
+Fetch = Callable[[int, int], np.ndarray]  # reads the bytes from one place to another
+
+INDEX = ".index.json"  # what the name of a list of shards ends in
+
+
+class Weights(NamedTuple):
+    """What a checkpoint holds."""
+
+    entries: dict[str, Entry]
+    files: list[Path]
+    metadata: dict[str, str]
+    record: Record | None  # what this package wrote about its pruning
+
+
+def holds_masks_alone(weights: Weights) -> bool:
+    """Tell a file that has no values to read."""
+    return weights.record is not None and weights.record.content == "masks"
+
+
+@contextmanager
+def open_weights(path: str | os.PathLike[str], in_memory: bool = False) -> Iterator[Weights]:
+    """Open a checkpoint of any kind; its tensors are read when they are asked for.
+
+    Args:
+        path: a ``.safetensors`` file, also one of :func:`torch_dimap.save_pruned`; an
+            index of shards, ``*.safetensors.index.json``; or what ``torch.save`` wrote: a
+            state dict, or a dict that holds one under ``"state_dict"``, ``"model"`` or
+            their ``_ema`` kin. ``<name>_orig`` and ``<name>_mask`` are joined to ``<name>``.
+            The names in safetensors files, which do not keep an order, are sorted, and
+            numbers in them by value.
+        in_memory: read the files now, as they are, and never again.
+
+    Raises:
+        ValueError: if it is none of these, is damaged, or holds no tensor.
+        OSError: if it cannot be read.
+    """
+    file = Path(path)
+    with ExitStack() as stack:
+        if file.name.endswith(INDEX):
+            weights = _open_shards(file, stack, in_memory)
+        else:
+            weights = _open_file(file, stack, in_memory)
+        if not weights.entries:
+            raise ValueError(f"{file} must hold a state dict, found no tensor in it.")
+        yield weights
+
+
+def _open_file(file: Path, stack: ExitStack, in_memory: bool) -> Weights:
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError(f"{file} must be a checkpoint, found that it is no regular file.")
+    descriptor = os.open(file, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
+    # A header of JSON begins at byte 8, where a pickle or a zip archive has no brace.
+    if file.suffix == ".safetensors" or os.pread(descriptor, 1, 8) == b"{":
+        stored, metadata = read_header(descriptor, str(file))
+    else:
+        stored, metadata = None, {}
+    record = read_record(metadata, str(file))
+    fetch: Fetch = partial(_fetch, descriptor, str(file))
+    if in_memory:
+        content = fetch(0, os.fstat(descriptor).st_size)
+        fetch = partial(_part, content)
+    if stored is None:
+        entries = join_masks(_of_pickle(fetch, file), str(file))
+    elif record is None:
+        entries = {name: _plain(fetch, item) for name, item in stored.items()}
+        entries = join_masks(entries, str(file))
+    else:
+        entries = _recorded(fetch, stored, record, str(file))
+    if stored is not None:
+        entries = {name: entries[name] for name in sorted(entries, key=_natural)}
+    return Weights(entries, [file], metadata, record)
+
+
+def _open_shards(index: Path, stack: ExitStack, in_memory: bool) -> Weights:
+    if index.stat().st_size > MAX_HEADER:
+        raise ValueError(f"{index} must be an index of shards, found too large a file.")
+    places = parse_json(index.read_bytes(), str(index)).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+        raise ValueError(f"{index} must have a weight_map, name -> file name, found none.")
+    entries: dict[str, Entry] = {}
+    files = [index]
+    for shard in dict.fromkeys(places.values()):
+        if shard in ("", ".", "..") or set(shard) & set("/\\\0"):
+            raise ValueError(
+                f"{index} must name files of its own folder as shards, found {shard[:40]!r}."
+            )
+        found = _open_file(index.with_name(shard), stack, in_memory)
+        if found.record is not None:
+            raise ValueError(f"{index} must name plain shards, found a pruned file, {shard}.")
+        listed = {name for name, place in places.items() if place == shard}
+        if listed != set(found.entries):
+            odd = min(listed ^ set(found.entries))
+            raise ValueError(
+                f"{index} must list just what its shards hold, found that {odd!r} is missing "
+                f"in one of {shard} and the index: fetch both again."
+            )
+        entries |= found.entries
+        files += found.files
+    return Weights({name: entries[name] for name in sorted(entries, key=_natural)}, files, {}, None)
+
+
+def _natural(name: str) -> list[str | int]:
+    """Sort ``blocks.10`` behind ``blocks.2``."""
+    return [int(x) if i % 2 else x for i, x in enumerate(re.split(r"([0-9]{1,18})", name))]
+
+
+def _fetch(descriptor: int, path: str, begin: int, end: int) -> np.ndarray:
+    """Read bytes of an open file."""
+    content = np.empty(end - begin, np.uint8)
+    rest = content.data
+    while rest.nbytes:
+        read = os.preadv(descriptor, [rest], end - rest.nbytes)
+        if not read:
+            raise ValueError(f"{path} ends too early: it was cut while it was read.")
+        rest = rest[read:]
+    return content
+
+
+def _part(content: np.ndarray, begin: int, end: int) -> np.ndarray:
+    return content[begin:end]
+
+
+def _recorded(
+    fetch: Fetch, stored: dict[str, Stored], record: Record, path: str
+) -> dict[str, Entry]:
+    """Return the entries of a file that this package wrote, once all in it fits together."""
+    if set(record.crc32) != set(stored):
+        raise ValueError(f"{path} must have a checksum for each of its tensors, and no other.")
+    for name, item in stored.items():
+        if zlib.crc32(fetch(item.begin, item.end).data) != record.crc32[name]:
+            raise ValueError(
+                f"{path}: {name!r} is damaged, its checksum is another: fetch it again."
+            )
+    rest = dict(stored)
+    entries = {}
+    for name, pruned in record.pruned.items():
+        what = f"{path}: {name!r}"
+        if record.content == "dense":
+            if name not in stored or stored[name].kind != pruned.kind:
+                raise ValueError(f"{what} must be stored as its record says, found it is not.")
+            continue
+        mask = rest.pop(mask_name(name), None)
+        kept = rest.pop(kept_name(name), None) if record.content == "compressed" else None
+        if mask is None or mask.kind != Kind(torch.uint8, (packed_size(pruned.kind.size),)):
+            raise ValueError(f"{what} must have a mask of {packed_size(pruned.kind.size):,} bytes.")
+        bits = int.from_bytes(fetch(mask.begin, mask.end).data, "little")
+        count = bits.bit_count()
+        if bits.bit_length() > pruned.kind.size:
+            raise ValueError(f"{what} must have no bits in its mask behind the last entry.")
+        if record.content == "compressed" and (
+            kept is None or kept.kind != Kind(pruned.kind.dtype, (count,))
+        ):
+            raise ValueError(f"{what} must have as many values as bits in its mask, {count:,}.")
+        entries[name] = Entry(
+            pruned.kind, partial(_unpacked, fetch, pruned.kind, mask, kept), True, True, count
+        )
+    if record.content == "masks" and rest or set(rest) & set(entries):
+        raise ValueError(f"{path} must hold each tensor once, found {min(rest)!r} besides.")
+    return entries | {name: _plain(fetch, item) for name, item in rest.items()}
+
+
+def _plain(fetch: Fetch, item: Stored) -> Entry:
+    def blocks() -> Iterator[tuple[Tensor, None]]:
+        place = item.begin
+        for size in _block_sizes(item.kind.size):
+            end = place + size * item.kind.dtype.itemsize
+            yield tensor_of(fetch(place, end), item.kind.dtype), None
+            place = end
+
+    return Entry(item.kind, blocks)
+
+
+def _unpacked(
+    fetch: Fetch, kind: Kind, mask: Stored, kept: Stored | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield a pruned tensor's values, of masks alone the mask in their place, and its mask."""
+    place, next_value = mask.begin, kept.begin if kept else 0
+    for size in _block_sizes(kind.size):
+        keep = unpack_mask(fetch(place, place + packed_size(size)), size)
+        place += packed_size(size)
+        if kept is None:
+            yield keep, keep
+            continue
+        end = next_value + int(keep.count_nonzero()) * kind.dtype.itemsize
+        yield scatter(tensor_of(fetch(next_value, end), kind.dtype), keep), keep
+        next_value = end
+
+
+def _block_sizes(entries: int) -> Iterator[int]:
+    """Yield the number of entries of each block: at least one block, multiples of 8 first."""
+    for start in range(0, max(1, entries), CPU_BLOCK):
+        yield min(CPU_BLOCK, entries - start)
+
+
+def _of_pickle(fetch: Fetch, file: Path) -> dict[str, Entry]:
+    """Return the entries of what torch.save wrote, read from the file wherever that is possible."""
+    tensors = read_pickle(file)
+    mapped = mapped_ranges(file)
+    entries = {}
+    for name, tensor in tensors.items():
+        entry = entry_of(tensor)
+        begin = place_in_file(tensor, mapped)
+        if begin is not None:
+            item = Stored(entry.kind, begin, begin + entry.kind.bytes)
+            entry = entry._replace(blocks=_plain(fetch, item).blocks)
+        entries[name] = entry
+    return entries
