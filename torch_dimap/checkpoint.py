@@ -22,7 +22,7 @@ from torch_dimap.packing import bits_of
 from torch_dimap.records import Pruned
 from torch_dimap.replacing import check_target
 from torch_dimap.selection import each_layer
-from torch_dimap.stored import holds_masks_alone, open_weights
+from torch_dimap.stored import holds_masks_alone, open_weights, refuse_masks_alone
 from torch_dimap.targets import Target
 from torch_dimap.writing import write_weights
 
@@ -174,11 +174,7 @@ def load_pruned(model_or_path, path=None, *, masked=False, device="cpu"):
 
 def _load_state(path: _Path, device: torch.device | str) -> dict[str, Tensor]:
     with open_weights(path) as weights, each_layer(len(weights.entries)) as each:
-        if holds_masks_alone(weights):
-            raise ValueError(
-                f"load_pruned(): {os.fspath(path)} holds masks alone: give the model with the "
-                "weights that they belong to, load_pruned(model, path)."
-            )
+        refuse_masks_alone(weights, f"load_pruned(): {os.fspath(path)}")
         found = zip(weights.entries, each(read_values, weights.entries.values()))
         return {name: values.to(device) for name, values in found}
 

@@ -170,7 +170,13 @@ def global_module_aware_unstructured(
         else:
             chosen = _choose_flat(method, targets)
         masks[group], thresholds[group] = chosen
-    _warn_of_empty(groups, masks)  # first: where warnings are errors, nothing may change
+    empty = [
+        target.label
+        for group, targets in groups.items()
+        for target, mask in zip(targets, masks[group])
+        if mask.numel() and not mask.count_nonzero()
+    ]
+    warn_of_empty(empty, CALL)  # first: where warnings are errors, nothing may change
     everything = [target for targets in groups.values() for target in targets]
     readers = known_readers(target.module for target in everything)
     with all_or_nothing(everything, readers):
@@ -259,15 +265,10 @@ def _choose_flat(
     return allowed, float(pruned.max()) if pruned.numel() else 0.0
 
 
-def _warn_of_empty(groups: dict[str, list[Target]], masks: dict[str, list[Tensor]]) -> None:
-    empty = [
-        target.label
-        for group, targets in groups.items()
-        for target, mask in zip(targets, masks[group])
-        if mask.numel() and not mask.count_nonzero()
-    ]
-    if empty:
-        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+def warn_of_empty(labels: list[str], caller: str) -> None:
+    """Warn of layers that a call leaves without any weight."""
+    if labels:
+        more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
         warnings.warn(
-            f"{CALL}: no weight is left in {', '.join(empty[:3])}{more}.", stacklevel=3
+            f"{caller}: no weight is left in {', '.join(labels[:3])}{more}.", stacklevel=3
         )

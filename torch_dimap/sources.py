@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_dimap.entries import read_values
-from torch_dimap.stored import holds_masks_alone, open_weights
+from torch_dimap.stored import open_weights, refuse_masks_alone
 
 
 def build(name: str, pretrained: bool = False, **settings: Any) -> nn.Module:
@@ -59,8 +59,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ValueError: if the file holds no weights.
     """
     with open_weights(path) as weights:
-        if holds_masks_alone(weights):
-            raise ValueError(f"{os.fspath(path)} must hold weights, found masks alone.")
+        refuse_masks_alone(weights, os.fspath(path))
         return {name: read_values(entry) for name, entry in weights.entries.items()}
 
 

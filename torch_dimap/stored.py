@@ -47,6 +47,15 @@ def holds_masks_alone(weights: Weights) -> bool:
     return weights.record is not None and weights.record.content == "masks"
 
 
+def refuse_masks_alone(weights: Weights, where: str) -> None:
+    """Raise for a file that has no values to read."""
+    if holds_masks_alone(weights):
+        raise ValueError(
+            f"{where} must hold weights, found masks alone: load_pruned(model, path) puts them "
+            "on the weights that they belong to."
+        )
+
+
 @contextmanager
 def open_weights(path: str | os.PathLike[str], in_memory: bool = False) -> Iterator[Weights]:
     """Open a checkpoint of any kind; its tensors are read when they are asked for.
@@ -56,8 +65,8 @@ def open_weights(path: str | os.PathLike[str], in_memory: bool = False) -> Itera
             index of shards, ``*.safetensors.index.json``; or what ``torch.save`` wrote: a
             state dict, or a dict that holds one under ``"state_dict"``, ``"model"`` or
             their ``_ema`` kin. ``<name>_orig`` and ``<name>_mask`` are joined to ``<name>``.
-            The names in safetensors files, which do not keep an order, are sorted, and
-            numbers in them by value.
+            The names in safetensors files, which do not keep an order, are sorted so that
+            layers come as in the model; it matters where scores of two layers are equal.
         in_memory: read the files now, as they are, and never again.
 
     Raises:
@@ -131,7 +140,8 @@ def _open_shards(index: Path, stack: ExitStack, in_memory: bool) -> Weights:
 
 
 def _natural(name: str) -> list[str | int]:
-    """Sort ``blocks.10`` behind ``blocks.2``."""
+    """Sort names as models define them: ``blocks.10`` behind ``blocks.2``, query before key."""
+    name = re.sub(r"(\.w?)q(?=(uery|_proj)?\.)", r"\1j", name)
     return [int(x) if i % 2 else x for i, x in enumerate(re.split(r"([0-9]{1,18})", name))]
 
 

@@ -30,7 +30,7 @@ def write_weights(
     *,
     cuts: Mapping[str, Cut] | None = None,
     group_of: Mapping[str, str] | None = None,
-    thresholds: Mapping[str, float] | None = None,
+    thresholds: Mapping[str, float | None] | None = None,
     hashed: bool = False,
     metadata: Mapping[str, str] | None = None,
     done: Callable[[int], Any] = lambda bytes: None,
@@ -45,7 +45,7 @@ def write_weights(
         group_of: name of a pruned tensor -> its group.
         thresholds: group -> the highest score that went.
         hashed: note a SHA-256 of each pruned tensor's weights behind its mask.
-        metadata: what else to put beside the record.
+        metadata: what to put beside the record, or to replace by it.
         done: called with the size of every tensor, in bytes, once it is written.
 
     Raises:
@@ -77,7 +77,7 @@ def write_weights(
     groups = _groups(kept, sizes, group_of, thresholds)
     record = Record(content, __version__, pruned, groups, dict.fromkeys(kinds, 0))
     others = {"format": "pt", **(metadata or {})}
-    header, places = lay_out(kinds, {**others, KEY: write_record(record)})
+    _, places = lay_out(kinds, {**others, KEY: write_record(record)})
     with replacing(path) as write, each_layer(len(entries)) as each:
 
         def write_one(name: str) -> tuple[str, dict[str, int], str | None]:
@@ -106,7 +106,7 @@ def _groups(
     kept: Mapping[str, int],
     sizes: Mapping[str, int],
     group_of: Mapping[str, str],
-    thresholds: Mapping[str, float],
+    thresholds: Mapping[str, float | None],
 ) -> dict[str, Group]:
     members: dict[str, list[str]] = {}
     for name in kept:
