@@ -55,15 +55,31 @@ def magnitude_of(weight: Tensor, chooseable: Tensor | None) -> Tensor:
     return weight.abs() if chooseable is None else torch.where(chooseable, weight.abs(), -1.0)
 
 
-def energy_above(magnitude: Tensor, above: float, scale: Tensor) -> Tensor:
+def energy_above(magnitude: Tensor, above: float, scale: Tensor) -> Tensor | float:
     """Sum the scaled squares of one block's magnitudes greater than ``above``, in float64."""
     scaled = F.threshold(magnitude, above, 0.0).to(torch.float64).mul_(scale)
-    return torch.dot(scaled, scaled)
+    return scalar(torch.dot(scaled, scaled))
 
 
-def total(blocks: list[Tensor]) -> float:
-    """Add up one scalar per block: fetched together, rounded once."""
-    return math.fsum(torch.stack(blocks).tolist()) if blocks else 0.0
+def count_true(flags: Tensor) -> Tensor | float:
+    """Count what is True in one block."""
+    return scalar(torch.count_nonzero(flags))
+
+
+def scalar(value: Tensor) -> Tensor | float:
+    """Return one block's result as a number, but on a GPU as it is, not to wait for it.
+
+    On the CPU, small tensors that outlive the large ones of their blocks would keep the
+    allocator from using the memory of those again.
+    """
+    return value.item() if value.device.type == "cpu" else value
+
+
+def total(blocks: list) -> float:
+    """Add up one scalar per block: those on a GPU are fetched together; rounded once."""
+    if blocks and isinstance(blocks[0], Tensor):
+        blocks = torch.stack(blocks).tolist()
+    return math.fsum(blocks)
 
 
 def read_layer(blocks: Blocks) -> FlatLayer:
@@ -77,8 +93,8 @@ def read_layer(blocks: Blocks) -> FlatLayer:
         magnitude = magnitude_of(weight, chooseable)
         size += weight.numel()
         if chooseable is not None:
-            fixed.append(torch.count_nonzero(magnitude < 0))
-        nonzeros.append(torch.count_nonzero(magnitude > 0))
+            fixed.append(count_true(magnitude < 0))
+        nonzeros.append(count_true(magnitude > 0))
         energies.append(energy_above(magnitude, 0.0, scale))
     nonzero = int(total(nonzeros))
     zeros = size - int(total(fixed)) - nonzero

@@ -39,12 +39,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_dimap import brackets
-from torch_dimap.brackets import bracket, guess_threshold, take_sample
+from torch_dimap.brackets import bracket, expected, guess_threshold, narrow, take_sample
 from torch_dimap.cuts import Cut, mask_of
 from torch_dimap.reading import (
     FlatLayer,
     block_size,
     blocks_of,
+    count_true,
     energy_above,
     magnitude_of,
     pick,
@@ -124,18 +125,22 @@ def each_layer(layers: int, on_cpu: bool = True) -> Iterator[Callable[..., Itera
 
 
 def find_cuts(
-    layers: list[FlatLayer], count: int, each: Callable[..., Iterator] = map
+    layers: list[FlatLayer],
+    count: int,
+    each: Callable[..., Iterator] = map,
+    candidates: float = math.inf,
 ) -> tuple[list[Cut], float]:
     """Find the cut of each layer of a group, for ``count`` entries in all, and the threshold.
 
-    The layers are read several times, block by block, and need not lie in memory.
+    The layers are read several times, block by block, and need not lie in memory. Where
+    more ``candidates`` than told are to be expected they are read more often, for fewer.
     """
     zeros = sum(x.zeros for x in layers)
     if count <= zeros:
         return _cut_zeros(layers, count), 0.0
     if count == zeros + sum(x.nonzeros for x in layers):
         return [Cut(math.inf, 0, 0)] * len(layers), 1.0
-    return _cut_nonzeros(layers, count - zeros, each)
+    return _cut_nonzeros(layers, count - zeros, each, candidates)
 
 
 def _cut_zeros(layers: list[FlatLayer], count: int) -> list[Cut]:
@@ -149,13 +154,22 @@ def _cut_zeros(layers: list[FlatLayer], count: int) -> list[Cut]:
 
 
 def _cut_nonzeros(
-    layers: list[FlatLayer], count: int, each: Callable[..., Iterator]
+    layers: list[FlatLayer], count: int, each: Callable[..., Iterator], candidates: float
 ) -> tuple[list[Cut], float]:
     """Prune every zero, and of the rest the ``count`` lowest."""
-    samples = list(each(take_sample, layers))
+    wanted = brackets.SAMPLE if candidates == math.inf else brackets.NARROW_SAMPLE
+    samples = list(each(take_sample, layers, repeat(wanted)))
     guess = guess_threshold(samples, count)
     margins = [brackets.MARGIN] * len(layers)
-    found = list(each(_candidates, layers, map(bracket, samples, repeat(guess), margins)))
+    limits = list(map(bracket, samples, repeat(guess), margins))
+    finer = samples.copy()
+    while (more := sum(map(expected, finer, limits))) > candidates:
+        finer = list(each(narrow, layers, finer, limits))
+        guess = guess_threshold(finer, count)
+        limits = list(map(bracket, finer, repeat(guess), margins))
+        if sum(map(expected, finer, limits)) > more / 2:  # ties, which nothing can narrow
+            break
+    found = list(each(_candidates, layers, limits))
     while True:
         inside = count - sum(c.below for c in found)
         if 0 < inside <= sum(c.score.numel() for c in found):
@@ -172,7 +186,11 @@ def _cut_nonzeros(
             missed = [c.below + c.above > 0 for c in found]
         for i in (i for i, is_missed in enumerate(missed) if is_missed):
             margins[i] *= 4
-            found[i] = _candidates(layers[i], bracket(samples[i], guess, margins[i]))
+            before, limits[i] = limits[i], bracket(finer[i], guess, margins[i])
+            if limits[i] == before and finer[i] is not samples[i]:  # as wide as it can become
+                finer[i], margins[i] = samples[i], brackets.MARGIN
+                limits[i] = bracket(finer[i], guess, margins[i])
+            found[i] = _candidates(layers[i], limits[i])
 
 
 def _candidates(layer: FlatLayer, limits: tuple[float, float]) -> _Candidates:
@@ -181,7 +199,7 @@ def _candidates(layer: FlatLayer, limits: tuple[float, float]) -> _Candidates:
     for block in layer.blocks():
         magnitude = magnitude_of(*block)
         over = magnitude > high
-        above.append(torch.count_nonzero(over))
+        above.append(count_true(over))
         inside.append(pick(magnitude, (magnitude > low).logical_xor_(over)))
         energies.append(energy_above(magnitude, high, layer.scale))
     magnitude = sort(torch.cat(inside)).flip(0)

@@ -25,11 +25,11 @@ from torch_dimap.entries import Entry, entry_of, join_masks
 from torch_dimap.headers import MAX_HEADER, Kind, Stored, parse_json, read_header
 from torch_dimap.packing import packed_size, scatter, tensor_of, unpack_mask
 from torch_dimap.pickles import mapped_ranges, place_in_file, read_pickle
-from torch_dimap.reading import CPU_BLOCK
 from torch_dimap.records import Record, kept_name, mask_name, read_record
 
 Fetch = Callable[[int, int], np.ndarray]  # reads the bytes from one place to another
 
+BLOCK = 1 << 15  # entries read at a time: a multiple of 8, less than reading.CPU_BLOCK
 INDEX = ".index.json"  # what the name of a list of shards ends in
 
 
@@ -229,8 +229,8 @@ def _unpacked(
 
 def _block_sizes(entries: int) -> Iterator[int]:
     """Yield the number of entries of each block: at least one block, multiples of 8 first."""
-    for start in range(0, max(1, entries), CPU_BLOCK):
-        yield min(CPU_BLOCK, entries - start)
+    for start in range(0, max(1, entries), BLOCK):
+        yield min(BLOCK, entries - start)
 
 
 def _of_pickle(fetch: Fetch, file: Path) -> dict[str, Entry]:

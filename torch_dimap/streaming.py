@@ -24,6 +24,7 @@ from torch_dimap.skeletons import group_names
 from torch_dimap.stored import open_weights, refuse_masks_alone
 from torch_dimap.writing import write_weights
 
+CANDIDATES = 1 << 18  # entries around the cuts of a group, each of about 20 bytes
 _Path = str | os.PathLike[str]
 
 
@@ -191,7 +192,8 @@ def _find_cuts(
     thresholds = {}
     for group, names in groups.items():
         count = count_to_prune(amounts[group], unpruned[group], what)
-        found, thresholds[group] = find_cuts([layers[name] for name in names], count, each)
+        members = [layers[name] for name in names]
+        found, thresholds[group] = find_cuts(members, count, each, CANDIDATES)
         cuts.update(zip(names, found))
     return cuts, thresholds
 
