@@ -93,7 +93,7 @@ def test_table1_prints_markdown(capsys):
 def test_summarize_fails_on_one_line(capsys, arguments, message):
     code, out, err = run(capsys, "summarize", *arguments)
     assert (code, out) == (1, "")
-    assert err.startswith("python -m torch_dimap summarize: error: ") and message in err
+    assert err.startswith("torch-dimap summarize: error: ") and message in err
     assert err.count("\n") == 1
 
 
@@ -123,7 +123,7 @@ def test_pretrained_weights_that_cannot_be_had_are_an_error_on_one_line(capsys, 
 def test_arguments_that_make_no_sense_exit_with_2(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
-    assert caught.value.code == 2 and "usage: python -m torch_dimap" in capsys.readouterr().err
+    assert caught.value.code == 2 and "usage: torch-dimap" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -53,7 +53,8 @@ def check_target(
         raise ValueError(f"{caller}: the target must be a regular file, which {path} is not.")
     if not force:
         raise FileExistsError(
-            errno.EEXIST, f"{caller}: {path} exists: name another target, or force its replacement"
+            errno.EEXIST,
+            f"{caller}: {path} exists: name another target, or replace it with force=True (--force)",
         )
     # The superuser may write read-only files too, but hardly means to.
     if not os.access(path, os.W_OK) or not mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
