@@ -22,7 +22,8 @@ def bits_of(tensor: Tensor) -> np.ndarray:
 
 def tensor_of(content: np.ndarray, dtype: torch.dtype) -> Tensor:
     """Return bytes as a flat tensor, sharing their memory."""
-    return torch.from_numpy(content).view(dtype)
+    # Of nothing NumPy makes a tensor that torch cannot view as another dtype.
+    return torch.from_numpy(content).view(dtype) if content.size else torch.empty(0, dtype=dtype)
 
 
 def packed_size(entries: int) -> int:

@@ -54,7 +54,7 @@ def check_target(
     if not force:
         raise FileExistsError(
             errno.EEXIST,
-            f"{caller}: {path} exists: name another target, or replace it with force=True (--force)",
+            f"{caller}: {path} exists: name another target, or pass force=True (--force)",
         )
     # The superuser may write read-only files too, but hardly means to.
     if not os.access(path, os.W_OK) or not mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
@@ -104,7 +104,7 @@ def _telling(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
+        reason = error.strerror or str(error)
         raise OSError(error.errno, f"{path} cannot be written: {reason}") from error
 
 
