@@ -157,8 +157,8 @@ def check_kind(dtype: Any, shape: Any, what: str) -> Kind:
 
 def _stored(name: str, entry: Any, start: int, path: str) -> Stored:
     what = f"{path}: {name!r}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{what} must tell dtype, shape and data_offsets, and no more.")
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+        raise ValueError(f"{what} must tell dtype, shape and data_offsets, found not all of them.")
     kind = check_kind(entry["dtype"], entry["shape"], what)
     ends = entry["data_offsets"]
     if not isinstance(ends, list) or [type(end) for end in ends] != [int, int]:
