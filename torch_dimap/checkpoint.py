@@ -173,7 +173,7 @@ def load_pruned(model_or_path, path=None, *, masked=False, device="cpu"):
 
 
 def _load_state(path: _Path, device: torch.device | str) -> dict[str, Tensor]:
-    with open_weights(path) as weights, each_layer(len(weights.entries)) as each:
+    with open_weights(path, in_memory=True) as weights, each_layer(len(weights.entries)) as each:
         refuse_masks_alone(weights, f"load_pruned(): {os.fspath(path)}")
         found = zip(weights.entries, each(read_values, weights.entries.values()))
         return {name: values.to(device) for name, values in found}

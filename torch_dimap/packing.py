@@ -42,15 +42,20 @@ def unpack_mask(packed: np.ndarray, entries: int) -> Tensor:
     return torch.from_numpy(flags.view(np.bool_))
 
 
+def places_of(keep: Tensor) -> np.ndarray:
+    """Return at which places a flat mask keeps the values."""
+    return keep.numpy().nonzero()[0]
+
+
 def gather(values: Tensor, keep: Tensor) -> np.ndarray:
     """Return the kept values in order, as integers."""
-    return bits_of(values)[keep.numpy().nonzero()[0]]
+    return bits_of(values)[places_of(keep)]
 
 
-def scatter(kept: Tensor, keep: Tensor) -> Tensor:
+def scatter(kept: Tensor, places: np.ndarray, entries: int) -> Tensor:
     """Undo :func:`gather`: all other entries are +0.0."""
-    values = torch.zeros(keep.numel(), dtype=kept.dtype)
-    bits_of(values)[keep.numpy().nonzero()[0]] = bits_of(kept)
+    values = torch.zeros(entries, dtype=kept.dtype)
+    bits_of(values)[places] = bits_of(kept)
     return values
 
 

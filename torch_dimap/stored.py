@@ -23,7 +23,7 @@ from torch import Tensor
 
 from torch_dimap.entries import Entry, entry_of, join_masks
 from torch_dimap.headers import MAX_HEADER, Kind, Stored, parse_json, read_header
-from torch_dimap.packing import packed_size, scatter, tensor_of, unpack_mask
+from torch_dimap.packing import packed_size, places_of, scatter, tensor_of, unpack_mask
 from torch_dimap.pickles import mapped_ranges, place_in_file, read_pickle
 from torch_dimap.records import Record, kept_name, mask_name, read_record
 
@@ -222,8 +222,9 @@ def _unpacked(
         if kept is None:
             yield keep, keep
             continue
-        end = next_value + int(keep.count_nonzero()) * kind.dtype.itemsize
-        yield scatter(tensor_of(fetch(next_value, end), kind.dtype), keep), keep
+        places = places_of(keep)
+        end = next_value + len(places) * kind.dtype.itemsize
+        yield scatter(tensor_of(fetch(next_value, end), kind.dtype), places, size), keep
         next_value = end
 
 
