@@ -102,14 +102,17 @@ def test_prune_checkpoint_reads_every_kind_of_file(tmp_path, name, compressed):
 def test_prune_checkpoint_goes_on_from_masks_and_from_compressed_files(tmp_path):
     model = make_swin()
     global_module_aware_unstructured(group_parameters(model), amount=0.3)
-    save(model.state_dict(), tmp_path / "masked.pth")
-    save(model.state_dict(), tmp_path / "masked.safetensors")
+    masked = {key: value.clone() for key, value in model.state_dict().items()}
+    save(masked, tmp_path / "masked.pth")
+    save(masked, tmp_path / "masked.safetensors")
     save(make_swin().state_dict(), tmp_path / "dense.safetensors")
     prune_checkpoint(tmp_path / "dense.safetensors", tmp_path / "packed.safetensors", 0.3,
                      compressed=True)  # fmt: skip
     global_module_aware_unstructured(group_parameters(model), amount=0.5)
     baked = remove_all(model).state_dict()
-    for source in ("masked.pth", "masked.safetensors", "packed.safetensors"):
+    save(masked, tmp_path / "masked.safetensors.index.json", shards=5)
+    for source in ("masked.pth", "masked.safetensors", "masked.safetensors.index.json",
+                   "packed.safetensors"):  # fmt: skip
         prune_checkpoint(tmp_path / source, tmp_path / "out", 0.5, compressed=True, force=True)
         assert_equal_states(load_pruned(tmp_path / "out"), baked)
 

@@ -25,11 +25,10 @@ from torch_dimap.entries import Entry, entry_of, join_masks
 from torch_dimap.headers import MAX_HEADER, Kind, Stored, parse_json, read_header
 from torch_dimap.packing import packed_size, places_of, scatter, tensor_of, unpack_mask
 from torch_dimap.pickles import mapped_ranges, place_in_file, read_pickle
+from torch_dimap.reading import CPU_BLOCK
 from torch_dimap.records import Record, kept_name, mask_name, read_record
 
-Fetch = Callable[[int, int], np.ndarray]  # reads the bytes from one place to another
-
-BLOCK = 1 << 15  # entries read at a time: a multiple of 8, less than reading.CPU_BLOCK
+BLOCK = 1 << 15  # entries read from a file at a time: few, since memory is what counts there
 INDEX = ".index.json"  # what the name of a list of shards ends in
 
 
@@ -56,6 +55,13 @@ def refuse_masks_alone(weights: Weights, where: str) -> None:
         )
 
 
+class Content(NamedTuple):
+    """A file's bytes, wherever they are."""
+
+    fetch: Callable[[int, int], np.ndarray]  # from one place to another
+    block: int  # entries to read at a time, a multiple of 8
+
+
 @contextmanager
 def open_weights(path: str | os.PathLike[str], in_memory: bool = False) -> Iterator[Weights]:
     """Open a checkpoint of any kind; its tensors are read when they are asked for.
@@ -75,12 +81,12 @@ def open_weights(path: str | os.PathLike[str], in_memory: bool = False) -> Itera
     """
     file = Path(path)
     with ExitStack() as stack:
-        if file.name.endswith(INDEX):
-            weights = _open_shards(file, stack, in_memory)
-        else:
-            weights = _open_file(file, stack, in_memory)
+        open_it = _open_shards if file.name.endswith(INDEX) else _open_file
+        weights = open_it(file, stack, in_memory)
         if not weights.entries:
             raise ValueError(f"{file} must hold a state dict, found no tensor in it.")
+        if weights.record is None:
+            weights = weights._replace(entries=join_masks(weights.entries, str(file)))
         yield weights
 
 
@@ -90,25 +96,17 @@ def _open_file(file: Path, stack: ExitStack, in_memory: bool) -> Weights:
     descriptor = os.open(file, os.O_RDONLY)
     stack.callback(os.close, descriptor)
     # A header of JSON begins at byte 8, where a pickle or a zip archive has no brace.
-    if file.suffix == ".safetensors" or os.pread(descriptor, 1, 8) == b"{":
-        stored, metadata = read_header(descriptor, str(file))
-    else:
-        stored, metadata = None, {}
+    if file.suffix != ".safetensors" and os.pread(descriptor, 1, 8) != b"{":
+        entries = _of_pickle(_content(descriptor, file, in_memory), file)
+        return Weights(entries, [file], {}, None)
+    stored, metadata = read_header(descriptor, str(file))
     record = read_record(metadata, str(file))
-    fetch: Fetch = partial(_fetch, descriptor, str(file))
-    if in_memory:
-        content = fetch(0, os.fstat(descriptor).st_size)
-        fetch = partial(_part, content)
-    if stored is None:
-        entries = join_masks(_of_pickle(fetch, file), str(file))
-    elif record is None:
-        entries = {name: _plain(fetch, item) for name, item in stored.items()}
-        entries = join_masks(entries, str(file))
+    content = _content(descriptor, file, in_memory)
+    if record is None:
+        entries = {name: _plain(content, item) for name, item in stored.items()}
     else:
-        entries = _recorded(fetch, stored, record, str(file))
-    if stored is not None:
-        entries = {name: entries[name] for name in sorted(entries, key=_natural)}
-    return Weights(entries, [file], metadata, record)
+        entries = _recorded(content, stored, record, str(file))
+    return Weights(_in_order(entries), [file], metadata, record)
 
 
 def _open_shards(index: Path, stack: ExitStack, in_memory: bool) -> Weights:
@@ -136,16 +134,29 @@ def _open_shards(index: Path, stack: ExitStack, in_memory: bool) -> Weights:
             )
         entries |= found.entries
         files += found.files
-    return Weights({name: entries[name] for name in sorted(entries, key=_natural)}, files, {}, None)
+    return Weights(_in_order(entries), files, {}, None)
+
+
+def _in_order(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Sort entries as models define them: ``blocks.10`` behind ``blocks.2``, query before key."""
+    return {name: entries[name] for name in sorted(entries, key=_natural)}
 
 
 def _natural(name: str) -> list[str | int]:
-    """Sort names as models define them: ``blocks.10`` behind ``blocks.2``, query before key."""
     name = re.sub(r"(\.w?)q(?=(uery|_proj)?\.)", r"\1j", name)
     return [int(x) if i % 2 else x for i, x in enumerate(re.split(r"([0-9]{1,18})", name))]
 
 
-def _fetch(descriptor: int, path: str, begin: int, end: int) -> np.ndarray:
+def _content(descriptor: int, file: Path, in_memory: bool) -> Content:
+    """Return what reads an open file, or its content as it is now."""
+    fetch = partial(_read, descriptor, str(file))
+    if not in_memory:
+        return Content(fetch, BLOCK)
+    content = fetch(0, os.fstat(descriptor).st_size)
+    return Content(partial(_part, content), CPU_BLOCK)
+
+
+def _read(descriptor: int, path: str, begin: int, end: int) -> np.ndarray:
     """Read bytes of an open file."""
     content = np.empty(end - begin, np.uint8)
     rest = content.data
@@ -162,13 +173,13 @@ def _part(content: np.ndarray, begin: int, end: int) -> np.ndarray:
 
 
 def _recorded(
-    fetch: Fetch, stored: dict[str, Stored], record: Record, path: str
+    content: Content, stored: dict[str, Stored], record: Record, path: str
 ) -> dict[str, Entry]:
     """Return the entries of a file that this package wrote, once all in it fits together."""
     if set(record.crc32) != set(stored):
         raise ValueError(f"{path} must have a checksum for each of its tensors, and no other.")
     for name, item in stored.items():
-        if zlib.crc32(fetch(item.begin, item.end).data) != record.crc32[name]:
+        if zlib.crc32(content.fetch(item.begin, item.end).data) != record.crc32[name]:
             raise ValueError(
                 f"{path}: {name!r} is damaged, its checksum is another: fetch it again."
             )
@@ -184,7 +195,7 @@ def _recorded(
         kept = rest.pop(kept_name(name), None) if record.content == "compressed" else None
         if mask is None or mask.kind != Kind(torch.uint8, (packed_size(pruned.kind.size),)):
             raise ValueError(f"{what} must have a mask of {packed_size(pruned.kind.size):,} bytes.")
-        bits = int.from_bytes(fetch(mask.begin, mask.end).data, "little")
+        bits = int.from_bytes(content.fetch(mask.begin, mask.end).data, "little")
         count = bits.bit_count()
         if bits.bit_length() > pruned.kind.size:
             raise ValueError(f"{what} must have no bits in its mask behind the last entry.")
@@ -193,48 +204,48 @@ def _recorded(
         ):
             raise ValueError(f"{what} must have as many values as bits in its mask, {count:,}.")
         entries[name] = Entry(
-            pruned.kind, partial(_unpacked, fetch, pruned.kind, mask, kept), True, True, count
+            pruned.kind, partial(_unpacked, content, pruned.kind, mask, kept), True, True, count
         )
     if record.content == "masks" and rest or set(rest) & set(entries):
         raise ValueError(f"{path} must hold each tensor once, found {min(rest)!r} besides.")
-    return entries | {name: _plain(fetch, item) for name, item in rest.items()}
+    return entries | {name: _plain(content, item) for name, item in rest.items()}
 
 
-def _plain(fetch: Fetch, item: Stored) -> Entry:
+def _plain(content: Content, item: Stored) -> Entry:
     def blocks() -> Iterator[tuple[Tensor, None]]:
         place = item.begin
-        for size in _block_sizes(item.kind.size):
+        for size in _block_sizes(item.kind.size, content.block):
             end = place + size * item.kind.dtype.itemsize
-            yield tensor_of(fetch(place, end), item.kind.dtype), None
+            yield tensor_of(content.fetch(place, end), item.kind.dtype), None
             place = end
 
     return Entry(item.kind, blocks)
 
 
 def _unpacked(
-    fetch: Fetch, kind: Kind, mask: Stored, kept: Stored | None
+    content: Content, kind: Kind, mask: Stored, kept: Stored | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield a pruned tensor's values, of masks alone the mask in their place, and its mask."""
     place, next_value = mask.begin, kept.begin if kept else 0
-    for size in _block_sizes(kind.size):
-        keep = unpack_mask(fetch(place, place + packed_size(size)), size)
+    for size in _block_sizes(kind.size, content.block):
+        keep = unpack_mask(content.fetch(place, place + packed_size(size)), size)
         place += packed_size(size)
         if kept is None:
             yield keep, keep
             continue
         places = places_of(keep)
         end = next_value + len(places) * kind.dtype.itemsize
-        yield scatter(tensor_of(fetch(next_value, end), kind.dtype), places, size), keep
+        yield scatter(tensor_of(content.fetch(next_value, end), kind.dtype), places, size), keep
         next_value = end
 
 
-def _block_sizes(entries: int) -> Iterator[int]:
-    """Yield the number of entries of each block: at least one block, multiples of 8 first."""
-    for start in range(0, max(1, entries), BLOCK):
-        yield min(BLOCK, entries - start)
+def _block_sizes(entries: int, block: int) -> Iterator[int]:
+    """Yield the number of entries of each block: at least one block."""
+    for start in range(0, max(1, entries), block):
+        yield min(block, entries - start)
 
 
-def _of_pickle(fetch: Fetch, file: Path) -> dict[str, Entry]:
+def _of_pickle(content: Content, file: Path) -> dict[str, Entry]:
     """Return the entries of what torch.save wrote, read from the file wherever that is possible."""
     tensors = read_pickle(file)
     mapped = mapped_ranges(file)
@@ -244,6 +255,6 @@ def _of_pickle(fetch: Fetch, file: Path) -> dict[str, Entry]:
         begin = place_in_file(tensor, mapped)
         if begin is not None:
             item = Stored(entry.kind, begin, begin + entry.kind.bytes)
-            entry = entry._replace(blocks=_plain(fetch, item).blocks)
+            entry = entry._replace(blocks=_plain(content, item).blocks)
         entries[name] = entry
     return entries
