@@ -21,9 +21,9 @@ from torch_dimap.hooks import hold_masks, pruned_tensors
 from torch_dimap.packing import bits_of
 from torch_dimap.records import Pruned
 from torch_dimap.replacing import check_target
-from torch_dimap.selection import each_layer
 from torch_dimap.stored import holds_masks_alone, open_weights, refuse_masks_alone
 from torch_dimap.targets import Target
+from torch_dimap.threads import each_layer
 from torch_dimap.writing import write_weights
 
 _Path = str | os.PathLike[str]

@@ -57,7 +57,7 @@ def _groups(weights: Weights) -> dict[str, list[str]]:
     """Return the groups that the file tells, or those that its names speak of."""
     if weights.record is None:
         return group_names(weights.entries)
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {group: [] for group in weights.record.groups}
     for name, pruned in weights.record.pruned.items():
         groups.setdefault(pruned.group or "(none)", []).append(name)
     return groups

@@ -27,8 +27,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from fractions import Fraction
 from itertools import product, repeat
 from typing import NamedTuple
@@ -53,6 +51,7 @@ from torch_dimap.reading import (
     sort,
     total,
 )
+from torch_dimap.threads import each_layer
 
 
 ROW = 1024  # candidates that are added up one after the other
@@ -100,28 +99,6 @@ def select(
             )
         cuts, threshold = find_cuts(layers, count, each)
         return list(each(mask_of, weights, blocks, cuts)), threshold
-
-
-@contextmanager
-def each_layer(layers: int, on_cpu: bool = True) -> Iterator[Callable[..., Iterator]]:
-    """Yield a ``map`` that works on as many layers at once as torch has threads.
-
-    Left to itself torch would share every operation on a block among all threads, and
-    wherever another process holds a core each of these thousands of meetings waits for it.
-    """
-    threads = torch.get_num_threads()
-    if min(threads, layers) <= 1 or not on_cpu:
-        yield map
-        return
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                yield pool.map
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    finally:  # the workers' setting is also what threads started later would get
-        torch.set_num_threads(threads)
 
 
 def find_cuts(

@@ -19,9 +19,10 @@ from torch_dimap.pruning import warn_of_empty
 from torch_dimap.reading import FlatLayer, read_layer
 from torch_dimap.records import Record
 from torch_dimap.replacing import check_target
-from torch_dimap.selection import each_layer, find_cuts
+from torch_dimap.selection import find_cuts
 from torch_dimap.skeletons import group_names
 from torch_dimap.stored import open_weights, refuse_masks_alone
+from torch_dimap.threads import each_layer
 from torch_dimap.writing import write_weights
 
 CANDIDATES = 1 << 18  # entries around the cuts of a group, each of about 20 bytes

@@ -20,7 +20,7 @@ from torch_dimap.headers import Kind, lay_out
 from torch_dimap.packing import bits_of, gather, pack_mask, packed_size, zeroed
 from torch_dimap.records import KEY, Group, Pruned, Record, kept_name, mask_name, write_record
 from torch_dimap.replacing import replacing
-from torch_dimap.selection import each_layer
+from torch_dimap.threads import each_layer
 
 
 def write_weights(
@@ -108,16 +108,18 @@ def _groups(
     group_of: Mapping[str, str],
     thresholds: Mapping[str, float | None],
 ) -> dict[str, Group]:
-    members: dict[str, list[str]] = {}
+    """Describe the groups, in the order of their thresholds where these are known."""
+    members: dict[str, list[str]] = {group: [] for group in [*thresholds, *group_of.values()]}
     for name in kept:
         if name in group_of:
-            members.setdefault(group_of[name], []).append(name)
+            members[group_of[name]].append(name)
     return {
         group: Group(
             1 - sum(kept[name] for name in names) / max(1, sum(sizes[name] for name in names)),
             thresholds.get(group),
         )
         for group, names in members.items()
+        if names
     }
 
 
