@@ -18,6 +18,7 @@ from torch_dimap.entries import Entry, entry_of, fill, masked, read_mask, read_v
 from torch_dimap.grouping import builtin_rule
 from torch_dimap.headers import NAMES
 from torch_dimap.hooks import hold_masks, pruned_tensors
+from torch_dimap.messages import name_some
 from torch_dimap.packing import bits_of
 from torch_dimap.records import Pruned
 from torch_dimap.replacing import check_target
@@ -86,14 +87,17 @@ def save_pruned(
         group = builtin_rule(place, modules[place], parameter)
         if group is not None:
             group_of[name] = group
-    write_weights(
-        check_target(path, caller, force),
-        entries,
-        "masks" if masks_only else "compressed",
-        group_of=group_of,
-        thresholds=thresholds,
-        hashed=masks_only or hash_weights,
-    )
+    target = check_target(path, caller, force)
+    with each_layer(len(entries)) as each:
+        write_weights(
+            target,
+            entries,
+            "masks" if masks_only else "compressed",
+            each=each,
+            group_of=group_of,
+            thresholds=thresholds,
+            hashed=masks_only or hash_weights,
+        )
 
 
 @overload
@@ -231,10 +235,9 @@ def _check_fit(
     wrong += [] if masks_alone else [name for name in own if name not in entries]
     wrong += [n for n, e in entries.items() if n in own and tuple(own[n].shape) != e.kind.shape]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
             f"{caller}: the file and the model must have the same tensors, found "
-            f"{', '.join(wrong[:3])}{more} in one of them only or of another shape: build the "
+            f"{name_some(wrong)} in one of them only or of another shape: build the "
             "model that the file was written from."
         )
     hollow = next((name for name in entries if own[name].is_meta), None)
@@ -277,9 +280,8 @@ def _check_hashes(own: Mapping[str, Tensor], pruned: Mapping[str, Pruned], where
     with each_layer(len(pruned)) as each:
         wrong = [name for name, right in zip(pruned, each(matches, pruned)) if not right]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
             f"{where} must hold masks of the model's weights, found that those of "
-            f"{', '.join(wrong[:3])}{more} were made for others: load the weights first that "
+            f"{name_some(wrong)} were made for others: load the weights first that "
             "were behind the masks when they were saved."
         )

@@ -16,6 +16,7 @@ from torch_dimap.attaching import all_or_nothing, attach
 from torch_dimap.grouping import Pair
 from torch_dimap.hooks import hold, known_readers, pruned_tensors, pruning_methods, release
 from torch_dimap.importance import check_finite
+from torch_dimap.messages import name_some
 from torch_dimap.selection import select
 from torch_dimap.targets import CALL, Target, check_targets
 
@@ -268,7 +269,4 @@ def _choose_flat(
 def warn_of_empty(labels: list[str], caller: str) -> None:
     """Warn of layers that a call leaves without any weight."""
     if labels:
-        more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
-        warnings.warn(
-            f"{caller}: no weight is left in {', '.join(labels[:3])}{more}.", stacklevel=3
-        )
+        warnings.warn(f"{caller}: no weight is left in {name_some(labels)}.", stacklevel=3)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_dimap.entries import read_values
+from torch_dimap.messages import name_some
 from torch_dimap.stored import open_weights, refuse_masks_alone
 
 
@@ -72,10 +73,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> 
     own = dict(model.named_parameters())
     wrong = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
             f"{path} must hold all parameters of {type(model).__name__}, found "
-            f"{', '.join(wrong[:3])}{more} missing or of another shape: name the model that the "
+            f"{name_some(wrong)} missing or of another shape: name the model that the "
             "file was written from, with its number of classes."
         )
     state = model.state_dict()

@@ -23,10 +23,12 @@ from torch import Tensor
 
 from torch_dimap.entries import Entry, entry_of, join_masks
 from torch_dimap.headers import MAX_HEADER, Kind, Stored, parse_json, read_header
+from torch_dimap.messages import name_some
 from torch_dimap.packing import packed_size, places_of, scatter, tensor_of, unpack_mask
 from torch_dimap.pickles import mapped_ranges, place_in_file, read_pickle
 from torch_dimap.reading import CPU_BLOCK
 from torch_dimap.records import Record, kept_name, mask_name, read_record
+from torch_dimap.threads import each_layer
 
 BLOCK = 1 << 15  # entries read from a file at a time: few, since memory is what counts there
 INDEX = ".index.json"  # what the name of a list of shards ends in
@@ -178,11 +180,14 @@ def _recorded(
     """Return the entries of a file that this package wrote, once all in it fits together."""
     if set(record.crc32) != set(stored):
         raise ValueError(f"{path} must have a checksum for each of its tensors, and no other.")
-    for name, item in stored.items():
-        if zlib.crc32(content.fetch(item.begin, item.end).data) != record.crc32[name]:
-            raise ValueError(
-                f"{path}: {name!r} is damaged, its checksum is another: fetch it again."
-            )
+    with each_layer(len(stored)) as each:
+        checksums = each(lambda x: zlib.crc32(content.fetch(x.begin, x.end).data), stored.values())
+        damaged = [name for name, found in zip(stored, checksums) if found != record.crc32[name]]
+    if damaged:
+        raise ValueError(
+            f"{path} is damaged: the checksums of {name_some(damaged)} are not those of the "
+            "record: fetch it again."
+        )
     rest = dict(stored)
     entries = {}
     for name, pruned in record.pruned.items():

@@ -22,7 +22,7 @@ from torch_dimap.replacing import check_target
 from torch_dimap.selection import find_cuts
 from torch_dimap.skeletons import group_names
 from torch_dimap.stored import open_weights, refuse_masks_alone
-from torch_dimap.threads import each_layer
+from torch_dimap.threads import each_layer, thrifty
 from torch_dimap.writing import write_weights
 
 CANDIDATES = 1 << 18  # entries around the cuts of a group, each of about 20 bytes
@@ -99,21 +99,22 @@ def prune_checkpoint(
         groups = group_names(entries, rule)
         names = [name for members in groups.values() for name in members]
         work = sum(entries[name].kind.bytes for name in [*names, *entries])
-        with _bar(work, progress) as done:
-            with each_layer(len(names)) as each:
+        with _bar(work, progress) as done, each_layer(len(entries)) as each:
 
-                def look(name: str) -> FlatLayer:
-                    layer = _look(entries[name], f"{caller}: {name} in {os.fspath(source)}")
-                    done(entries[name].kind.bytes)
-                    return layer
+            def look(name: str) -> FlatLayer:
+                layer = _look(entries[name], f"{caller}: {name} in {os.fspath(source)}")
+                done(entries[name].kind.bytes)
+                return layer
 
-                layers = dict(zip(names, each(look, names)))
-                cuts, thresholds = _find_cuts(layers, groups, amount, f"{caller}: amount", each)
+            each = thrifty(each)
+            layers = dict(zip(names, each(look, names)))
+            cuts, thresholds = _find_cuts(layers, groups, amount, f"{caller}: amount", each)
             warn_of_empty([n for n in names if entries[n].kind.size and not cuts[n].kept], caller)
             write_weights(
                 path,
                 entries,
                 "compressed" if compressed else "dense",
+                each=each,
                 cuts=cuts,
                 group_of={name: group for group, members in groups.items() for name in members},
                 thresholds=thresholds,
@@ -153,11 +154,12 @@ def expand_checkpoint(
         group_of = {name: p.group for name, p in record.pruned.items() if p.group is not None}
         thresholds = {group: asked.threshold for group, asked in record.groups.items()}
         work = sum(entry.kind.bytes for entry in weights.entries.values())
-        with _bar(work, progress) as done:
+        with _bar(work, progress) as done, each_layer(len(weights.entries)) as each:
             write_weights(
                 path,
                 weights.entries,
                 "dense",
+                each=thrifty(each),
                 group_of=group_of,
                 thresholds=thresholds,
                 metadata=weights.metadata,

@@ -20,7 +20,6 @@ from torch_dimap.headers import Kind, lay_out
 from torch_dimap.packing import bits_of, gather, pack_mask, packed_size, zeroed
 from torch_dimap.records import KEY, Group, Pruned, Record, kept_name, mask_name, write_record
 from torch_dimap.replacing import replacing
-from torch_dimap.threads import each_layer
 
 
 def write_weights(
@@ -28,6 +27,7 @@ def write_weights(
     entries: Mapping[str, Entry],
     content: str,
     *,
+    each: Callable[..., Iterator],
     cuts: Mapping[str, Cut] | None = None,
     group_of: Mapping[str, str] | None = None,
     thresholds: Mapping[str, float | None] | None = None,
@@ -41,6 +41,7 @@ def write_weights(
         path: the target, as ``check_target`` returned it.
         entries: what to write, by name.
         content: of the file, see :class:`torch_dimap.records.Record`.
+        each: a ``map``, see :func:`torch_dimap.threads.each_layer`.
         cuts: what to prune of entries. The others' own masks hold.
         group_of: name of a pruned tensor -> its group.
         thresholds: group -> the highest score that went.
@@ -78,7 +79,7 @@ def write_weights(
     record = Record(content, __version__, pruned, groups, dict.fromkeys(kinds, 0))
     others = {"format": "pt", **(metadata or {})}
     _, places = lay_out(kinds, {**others, KEY: write_record(record)})
-    with replacing(path) as write, each_layer(len(entries)) as each:
+    with replacing(path) as write:
 
         def write_one(name: str) -> tuple[str, dict[str, int], str | None]:
             own = {part: places[part].begin for part in parts[name]}
