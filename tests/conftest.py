@@ -1,4 +1,4 @@
-"""Models that several tests share."""
+"""Models and images that several tests share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 import timm
 import torch
+from small_swin import write_images
 from torch import nn
 
 # A slow spell of a shared machine is no failure.
@@ -30,6 +31,12 @@ def swin() -> nn.Module:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder of images, to be left as it is."""
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture

@@ -78,6 +78,14 @@ def test_plot_density_names_the_thresholds_in_the_legend():
     assert f"odd, threshold {thresholds['odd']:.2e}" in texts and len(texts) == 3
 
 
+def test_plot_density_refuses_thresholds_of_other_groups():
+    model, groups = ladder(2)
+    with pytest.raises(ValueError, match=r"plot_density.*\['even', 'odd'\], found 'qkv'"):
+        plot_density(model, groups, {"qkv": 0.1})
+    with pytest.raises(TypeError, match="plot_density.*mapping group -> threshold.*found float"):
+        plot_density(model, groups, 0.1)
+
+
 @pytest.mark.parametrize("blocks", [4, 112])
 def test_plot_density_keeps_its_texts_apart(blocks):
     model, groups = ladder(blocks, width=4)

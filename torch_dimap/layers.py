@@ -93,3 +93,19 @@ def _layer(pair: Pair, names: Mapping[nn.Module, str], where: str) -> Layer:
             f"{where}: {label} is on the meta device and has no values: load weights first."
         )
     return Layer(label, module, name)
+
+
+def check_thresholds(thresholds: object, groups: Iterable[str], caller: str) -> None:
+    """Raise unless ``thresholds`` is None or a mapping of some of the groups."""
+    if thresholds is None:
+        return
+    if not isinstance(thresholds, Mapping):
+        raise TypeError(
+            f"{caller}: thresholds must be a mapping group -> threshold, as the pruning call "
+            f"returned it, found {type(thresholds).__name__}."
+        )
+    unknown = [group for group in thresholds if group not in groups]
+    if unknown:
+        raise ValueError(
+            f"{caller}: thresholds must be for the groups {list(groups)}, found {unknown[0]!r}."
+        )

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from torch_dimap.grouping import Pair
-from torch_dimap.layers import Layer, find_layers
+from torch_dimap.layers import Layer, check_thresholds, find_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,18 +99,20 @@ def plot_density(
         A figure with a point for each layer, coloured by group. Axes: layer; density.
 
     Raises:
-        TypeError, ValueError: for parameters that do not fit the model.
+        TypeError, ValueError: for parameters that do not fit the model, and thresholds
+            that do not fit its groups.
         ImportError: if matplotlib is not installed.
 
     Source: He and Zhou, ICLR 2024, Fig. 5.
     """
     layers = _in_order(model, parameters, "plot_density()")
+    groups = list(dict.fromkeys(group for group, _, _ in layers))
+    check_thresholds(thresholds, groups, "plot_density()")
     density = [_density(layer) for _, layer, _ in layers]
     named = len(layers) <= _NAMED
     names = max(len(layer.label) for _, layer, _ in layers) if named else 0
     width = min(16.0, max(6.4, 0.1 * len(layers)))
     figure, (axes,) = _panels(1, width, height=3.6 + 0.06 * names)
-    groups = list(dict.fromkeys(group for group, _, _ in layers))
     for group in groups:
         at = [i for i, (own, _, _) in enumerate(layers) if own == group]
         threshold = (thresholds or {}).get(group)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torch_dimap.flops import Flops, count_flops
 from torch_dimap.grouping import Pair
-from torch_dimap.layers import Layer, find_layers
+from torch_dimap.layers import Layer, check_thresholds, find_layers
 from torch_dimap.tables import aligned, markdown
 
 NOTE = (
@@ -203,16 +203,7 @@ def summarize(
         (0.75, 8, 46)
     """
     groups = find_layers(model, parameters, "summarize()")
-    if thresholds is not None and not isinstance(thresholds, Mapping):
-        raise TypeError(
-            "summarize(): thresholds must be a mapping group -> threshold, as the pruning call "
-            f"returned it, found {type(thresholds).__name__}."
-        )
-    unknown = [group for group in thresholds or () if group not in groups]
-    if unknown:
-        raise ValueError(
-            f"summarize(): thresholds must be for the groups {list(groups)}, found {unknown[0]!r}."
-        )
+    check_thresholds(thresholds, groups, "summarize()")
     pairs = {g: [(x.module, x.name) for x in layers] for g, layers in groups.items()}
     flops = None if inputs is None else count_flops(model, inputs, pairs)
     rows = {

@@ -1,0 +1,296 @@
+"""Prune a timm model, fine-tune it, bake the masks and save it; or train one from scratch.
+
+The defaults are the paper's recipe: AdamW, 30 epochs, learning rate up from 2e-8 to 2e-5 in
+15 epochs and down to 2e-7 along a cosine, weight decay 1e-8, Swin's augmentation.
+
+    python examples/finetune.py swin_tiny_patch4_window7_224 --pretrained --data imagenet \\
+        --amount 0.55 --output swin_tiny_55
+    torchrun --nproc-per-node 8 examples/finetune.py ...       on eight GPUs
+    python examples/finetune.py ... --resume                   after an interruption
+    python examples/finetune.py ... --random-init --amount 0   trains a dense model
+
+OUTPUT/log.csv has a row per epoch; OUTPUT/last.pth is what --resume continues from, written
+after every epoch; OUTPUT/model.safetensors is the baked model, for timm's checkpoint_path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from images import (
+    AUGMENTATIONS,
+    add_data_arguments,
+    count_correct,
+    open_splits,
+    set_transforms,
+    test_loader,
+    training_loader,
+)
+from methods import METHODS, cubic_schedule, prune_to
+from models import add_model_kwargs_argument, add_weights_arguments, fail, load_model
+from provenance import provenance
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from training import (
+    Training,
+    set_seeds,
+    start_processes,
+    sum_over_processes,
+    train_epoch,
+    updates_per_epoch,
+    whole_or_not_at_all,
+)
+
+import torch_dimap
+
+# What may differ between a run and its resumption: where it runs, not what it computes.
+FREE = ("resume", "output", "data", "device", "workers")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a timm name")
+    add_weights_arguments(parser)
+    add_model_kwargs_argument(parser)
+    add_data_arguments(parser)
+    add("--output", type=Path, required=True, metavar="DIR", help="a new folder for the results")
+    add("--resume", action="store_true", help="go on from DIR/last.pth of the same command")
+    add("--amount", type=float, required=True, metavar="A",
+        help="the fraction of the prunable weights to remove, 0 to 1; 0 trains a dense model")
+    add("--method", choices=[name for name, (_, by) in METHODS.items() if by != "gradient"],
+        default="dimap", help="what is ranked, and against what (default: dimap)")
+    add("--steps", type=int, default=1, metavar="N",
+        help="reach the amount in N rounds over the epochs, along a cubic curve (default: 1)")
+    add("--epochs", type=int, default=30, help="(default: 30)")
+    add("--warmup-epochs", type=int, default=15, metavar="N", help="(default: 15)")
+    add("--lr", type=float, default=2e-5, help="the highest learning rate (default: 2e-5)")
+    add("--warmup-lr", type=float, default=2e-8, metavar="LR", help="the first (default: 2e-8)")
+    add("--min-lr", type=float, default=2e-7, metavar="LR", help="the last (default: 2e-7)")
+    add("--weight-decay", type=float, default=1e-8, metavar="W", help="(default: 1e-8)")
+    add("--opt", default="adamw", metavar="NAME", help="a timm optimizer (default: adamw)")
+    add("--accumulate", type=int, default=1, metavar="N",
+        help="forward passes per optimizer step (default: 1)")
+    add("--augmentation", choices=AUGMENTATIONS, default="swin", help="(default: swin)")
+    add("--scale", type=float, default=0.08, metavar="S",
+        help="the smallest share of an image that a random crop takes (default: 0.08)")
+    add("--smoothing", type=float, default=0.1, metavar="S", help="of labels (default: 0.1)")
+    add("--ema-decay", type=float, default=0.0, metavar="D",
+        help="test and save an exponential moving average of the weights (default: 0, off)")
+    add("--seed", type=int, default=0, help="(default: 0)")
+    options = parser.parse_args()
+    if not 0 <= options.amount <= 1:
+        parser.error(f"--amount must lie between 0 and 1, found {options.amount}")
+    if not 1 <= options.steps <= options.epochs:
+        parser.error(f"--steps must lie between 1 and --epochs, found {options.steps}")
+    if not 0 <= options.warmup_epochs < options.epochs:
+        parser.error(f"--warmup-epochs must lie below --epochs, found {options.warmup_epochs}")
+    if not 0 <= options.ema_decay < 1:
+        parser.error(f"--ema-decay must lie between 0 and 1, found {options.ema_decay}")
+    if min(options.batch_size, options.accumulate) < 1:
+        parser.error("--batch-size and --accumulate must be at least 1")
+    if options.augmentation == "swin" and options.batch_size % 2:
+        parser.error(f"--batch-size must be even for mixup, found {options.batch_size}")
+    return options
+
+
+def claim_output(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Return the state to resume from, if any; refuse a folder that holds another run."""
+    last = options.output / "last.pth"
+    if not options.resume:
+        if options.output.exists() and (
+            not options.output.is_dir() or any(options.output.iterdir())
+        ):
+            fail(f"{options.output} is not an empty folder: choose another, or --resume.")
+        return None
+    if not last.is_file():
+        fail(f"--resume: there is no file {last}.")
+    try:
+        state = torch.load(last, map_location="cpu", weights_only=True)
+        before = state["options"]
+    except Exception as error:  # a damaged or a foreign file raises many kinds
+        fail(f"--resume: {last} must be written by this script: {str(error).splitlines()[0]}")
+    now = kept_options(options)
+    changed = [f"--{key.replace('_', '-')}" for key in now if now[key] != before.get(key)]
+    if changed:
+        fail(f"--resume: {last} was made with other values of {', '.join(sorted(changed))}.")
+    return state
+
+
+def kept_options(options: argparse.Namespace) -> dict[str, Any]:
+    values = {key: value for key, value in vars(options).items() if key not in FREE}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def pruning_rounds(options: argparse.Namespace) -> dict[int, float]:
+    """Return epoch -> the share of the weights that is gone from its beginning on."""
+    shares = cubic_schedule(options.amount, options.steps) if options.amount else []
+    return {i * options.epochs // options.steps: share for i, share in enumerate(shares)}
+
+
+def prune_alike(model: nn.Module, share: float, options: argparse.Namespace, epoch: int) -> None:
+    """Prune in every process, and make sure that all hold the same masks."""
+    set_seeds(options.seed, epoch)  # the same in every process, for --method random
+    prune_to(model, options.method, share)
+    digest = hashlib.sha256()
+    for name, mask in masks(model).items():
+        digest.update(name.encode() + mask.cpu().numpy().tobytes())
+    digests = [digest.hexdigest()]
+    if dist.is_initialized():
+        digests *= dist.get_world_size()
+        dist.all_gather_object(digests, digest.hexdigest())
+    if len(set(digests)) > 1:
+        fail("the processes came to different masks: do all run the same versions and weights?")
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    weights = dict(model.named_parameters())
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if f"{name.removesuffix('_mask')}_orig" in weights  # Swin has an attn_mask of its own
+    }
+
+
+def build(options: argparse.Namespace, classes: int, state: dict | None) -> nn.Module:
+    """Return the model to train, with the weights that it starts from."""
+    set_seeds(options.seed)
+    from_disk = None if state else options.checkpoint  # a state brings its own weights
+    model = load_model(
+        options.model, pretrained=options.pretrained and not state, checkpoint=from_disk,
+        num_classes=classes, **options.model_kwargs,
+    )  # fmt: skip
+    try:
+        torch_dimap.group_parameters(model)
+    except ValueError as error:
+        fail(str(error))
+    return model.to(options.device)
+
+
+def prepare(
+    model: nn.Module, loader: DataLoader, options: argparse.Namespace, state: dict | None
+) -> Training:
+    """Prune for the first time, and build what goes by the names and order of the weights."""
+    if state and options.amount:
+        prune_to(model, options.method, 0.0)  # makes room for the state's masks
+    elif options.amount:
+        prune_alike(model, pruning_rounds(options)[0], options, epoch=0)
+    optimizer = create_optimizer_v2(
+        model, options.opt, lr=options.lr, weight_decay=options.weight_decay
+    )
+    scheduler, _ = create_scheduler_v2(
+        optimizer, "cosine", num_epochs=options.epochs - options.warmup_epochs,
+        min_lr=options.min_lr, warmup_lr=options.warmup_lr, warmup_epochs=options.warmup_epochs,
+        warmup_prefix=True, step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch(loader, options),
+    )  # fmt: skip
+    scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "float16")
+    ema = ModelEmaV3(model, decay=options.ema_decay) if options.ema_decay else None
+    training = Training(model, optimizer, scheduler, scaler, ema)
+    if state:
+        training.load_state_dict(state)
+    return training
+
+
+def save(training: Training, options: argparse.Namespace) -> None:
+    """Write the state, then the log that it holds."""
+    options.output.mkdir(parents=True, exist_ok=True)
+    with whole_or_not_at_all(options.output / "last.pth") as file:
+        torch.save({**training.state_dict(), "options": kept_options(options)}, file)
+    with whole_or_not_at_all(options.output / "log.csv", "w") as file:
+        writer = csv.DictWriter(file, training.log[0])
+        writer.writeheader()
+        writer.writerows(training.log)
+
+
+def save_baked(model: nn.Module, path: Path) -> None:
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    with whole_or_not_at_all(path) as file:
+        file.write(safetensors.torch.save(state))
+
+
+def run(options: argparse.Namespace) -> None:
+    rank, world = start_processes(options)
+    state = claim_output(options)
+    train, test, classes = open_splits(options)
+    model = build(options, classes, state)
+    set_transforms(train, test, model, options, options.augmentation, options.scale)
+    loader = training_loader(train, options, rank, world)
+    if updates_per_epoch(loader, options) == 0:
+        fail(f"{len(train)} training images fill no step: lower --batch-size or --accumulate.")
+    training = prepare(model, loader, options, state)
+    forward = model if world == 1 else DistributedDataParallel(
+        model, device_ids=[torch.cuda.current_device()] if options.device == "cuda" else None
+    )  # fmt: skip
+    mixup = None
+    if options.augmentation == "swin":
+        mixup = Mixup(0.8, 1.0, label_smoothing=options.smoothing, num_classes=classes)
+    rounds = pruning_rounds(options)
+    about = provenance(options.device)
+    top1 = training.log[-1]["top1"] if training.log else float("nan")
+    while training.epochs_done < options.epochs:
+        epoch = training.epochs_done
+        if epoch in rounds and epoch > 0:
+            prune_alike(model, rounds[epoch], options, epoch)
+        set_seeds(options.seed, epoch, rank)
+        loader.sampler.set_epoch(epoch)
+        images = updates_per_epoch(loader, options) * options.accumulate * options.batch_size
+        bar = tqdm(total=images * world, unit=" images", disable=rank > 0, leave=False,
+                   desc=f"epoch {epoch + 1}/{options.epochs}, top-1 {top1:.2f}")  # fmt: skip
+        start = time.perf_counter()
+        with bar:
+            loss = train_epoch(training, forward, loader, options, mixup, bar)
+        seconds = time.perf_counter() - start
+        correct = count_correct(training.tested, test_loader(test, options, rank, world), options)
+        loss, correct = sum_over_processes(loss / world, correct)
+        top1 = 100 * correct / len(test)
+        gone = sum(int((mask == 0).sum()) for mask in masks(model).values())
+        training.epochs_done += 1
+        training.log.append({
+            "method": options.method if options.amount else "dense", "amount": options.amount,
+            "seed": options.seed, "epoch": epoch + 1, "loss": loss, "top1": top1, "zeros": gone,
+            "lr": training.optimizer.param_groups[0]["lr"],
+            "images_per_second": round(images * world / seconds, 1), **about,
+        })  # fmt: skip
+        if rank == 0:
+            save(training, options)
+            print(f"epoch {epoch + 1}/{options.epochs}: loss {loss:.4f}, top-1 {top1:.2f} %, "
+                  f"{images * world / seconds:.0f} images/s", flush=True)  # fmt: skip
+    if rank == 0:
+        save_baked(torch_dimap.remove_all(training.tested), options.output / "model.safetensors")
+        print(f"top-1 {top1:.2f} %; baked model: {options.output / 'model.safetensors'}")
+
+
+def main() -> None:
+    options = parse()
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        print("\nfinetune: stopped; --resume goes on after the last whole epoch.", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, FloatingPointError) as error:
+        fail(f"{str(error).strip().splitlines()[-1]}; --resume goes on after the last whole epoch.")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

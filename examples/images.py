@@ -1,0 +1,149 @@
+"""Labelled images for training and testing, on timm's transforms."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from models import fail
+from PIL import Image
+from timm.utils import ParseKwargs
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torchvision.datasets import ImageFolder
+
+AMP = {"none": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUGMENTATIONS = {
+    "swin": {  # colour jitter, AutoAugment, random erasing; mixup and CutMix come by batch
+        "color_jitter": 0.4,
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "re_prob": 0.25,
+        "re_mode": "pixel",
+    },
+    "light": {"color_jitter": 0.0},  # random crops and flips
+    "none": {"no_aug": True},
+}
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", required=True, metavar="DIR",
+        help="an image folder, DIR/SPLIT/CLASS/IMAGE; with --dataset, where that is kept")
+    add("--dataset", metavar="NAME",
+        help="a timm data set, such as torch/cifar10 or hfds/ORG/NAME, instead of a folder")
+    add("--train-split", default="train", metavar="SPLIT", help="(default: train)")
+    add("--test-split", default="validation", metavar="SPLIT", help="(default: validation)")
+    add("--data-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE",
+        help="for timm.data.resolve_data_config, such as crop_pct=1.0")
+    add("--batch-size", type=int, default=128, metavar="N",
+        help="images per process and forward (default: 128)")
+    add("--workers", type=int, default=2, metavar="N", help="loader processes (default: 2)")
+    add("--device", choices=["cuda", "cpu"],
+        default="cuda" if torch.cuda.is_available() else "cpu", help="(default: what is there)")
+    add("--amp", choices=AMP, default="bfloat16", help="autocast's dtype (default: bfloat16)")
+
+
+def read_image(path: str) -> Image.Image:
+    """Read an image file, or say which one cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return Image.open(file).convert("RGB")
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        raise OSError(f"cannot read the image {path}: {error}") from error
+
+
+def open_split(options: argparse.Namespace, split: str) -> Dataset:
+    """Return a split of the data that the command line names, or say what is wrong with it."""
+    if options.dataset:
+        try:
+            return timm.data.create_dataset(options.dataset, root=options.data, split=split)
+        except Exception as error:  # each kind of data set raises its own
+            fail(f"cannot open the split {split!r} of {options.dataset}: {error}")
+    folder = Path(options.data, split)
+    if not folder.is_dir():
+        found = sorted(p.name for p in Path(options.data).glob("*/"))
+        fail(f"there is no folder {folder}; {options.data} holds {', '.join(found) or 'none'}.")
+    try:
+        return ImageFolder(str(folder), loader=read_image)
+    except FileNotFoundError as error:  # no classes, or one without images
+        fail(f"{folder}: {error}")
+
+
+def open_splits(options: argparse.Namespace) -> tuple[Dataset, Dataset, int]:
+    """Return the training and the test data and the number of their classes."""
+    train, test = (open_split(options, s) for s in (options.train_split, options.test_split))
+    classes = [getattr(getattr(data, "reader", data), "class_to_idx", None)
+               for data in (train, test)]  # fmt: skip
+    if None in classes:
+        fail(f"{options.dataset} does not name its classes: write it as an image folder.")
+    if classes[0] != classes[1]:
+        odd = sorted(set(classes[0]) ^ set(classes[1]))[:3]
+        fail(
+            f"{options.train_split} and {options.test_split} must hold the same classes, "
+            f"found {len(classes[0])} and {len(classes[1])}; in one alone: {', '.join(odd)}."
+        )
+    return train, test, len(classes[0])
+
+
+def set_transforms(
+    train: Dataset,
+    test: Dataset,
+    model: nn.Module,
+    options: argparse.Namespace,
+    augmentation: str = "none",
+    scale: float = 0.08,
+) -> None:
+    """Give both splits timm's transforms for the model."""
+    config = timm.data.resolve_data_config({**options.model_kwargs, **options.data_kwargs},
+                                           model=model)  # fmt: skip
+    common = {key: config[key] for key in ("input_size", "interpolation", "mean", "std")}
+    train.transform = timm.data.create_transform(
+        **common, is_training=True, scale=(scale, 1.0), **AUGMENTATIONS[augmentation]
+    )
+    test.transform = timm.data.create_transform(
+        **common, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"]
+    )
+
+
+def seed_worker(_: int) -> None:
+    np.random.seed(torch.initial_seed() % 2**32)
+
+
+def training_loader(
+    data: Dataset, options: argparse.Namespace, rank: int = 0, world: int = 1
+) -> DataLoader:
+    """Load shuffled batches: over all processes the same images in every step, however many."""
+    sampler = DistributedSampler(data, world, rank, seed=options.seed, drop_last=True)
+    return DataLoader(
+        data, options.batch_size, sampler=sampler, drop_last=True, num_workers=options.workers,
+        worker_init_fn=seed_worker, pin_memory=options.device == "cuda",
+    )  # fmt: skip
+
+
+def test_loader(
+    data: Dataset, options: argparse.Namespace, rank: int = 0, world: int = 1
+) -> DataLoader:
+    """Load this process's share of the test images, in order."""
+    share = Subset(data, range(rank, len(data), world))
+    return DataLoader(
+        share, options.batch_size, num_workers=options.workers, pin_memory=options.device == "cuda"
+    )
+
+
+def autocast(options: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(options.device, AMP[options.amp], enabled=options.amp != "none")
+
+
+@torch.no_grad()
+def count_correct(model: nn.Module, loader: DataLoader, options: argparse.Namespace) -> int:
+    """Return how many of the loader's images the model puts first in their class."""
+    model.eval()
+    correct = torch.zeros((), dtype=torch.long, device=options.device)
+    for images, labels in loader:
+        with autocast(options):
+            outputs = model(images.to(options.device, non_blocking=True))
+        correct += (outputs.argmax(1) == labels.to(options.device)).sum()
+    return int(correct)

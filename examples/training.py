@@ -1,0 +1,165 @@
+"""Train for an epoch, in one process or several; keep what a later run needs to go on."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import math
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from images import autocast
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+
+@dataclass
+class Training:
+    """What changes while a model is trained."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+    epochs_done: int = 0
+    log: list[dict[str, Any]] = field(default_factory=list)  # a row per epoch
+
+    @property
+    def tested(self) -> nn.Module:
+        """The model whose accuracy counts."""
+        return self.ema.module if self.ema else self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        # The scheduler's state is a function of the number of updates: it needs no saving.
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "epochs_done": self.epochs_done,
+            "log": self.log,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+        self.epochs_done, self.log = state["epochs_done"], state["log"]
+
+
+def start_processes(options: argparse.Namespace) -> tuple[int, int]:
+    """Return this process's number and that of all, as torchrun set them."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if options.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def sum_over_processes(*values: float) -> list[float]:
+    total = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        total = total.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def set_seeds(*numbers: int) -> None:
+    """Seed all generators from the run's seed, the epoch and the process.
+
+    Every epoch begins so; that is why a resumed run needs no saved random state.
+    """
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def updates_per_epoch(loader: DataLoader, options: argparse.Namespace) -> int:
+    return len(loader) // options.accumulate
+
+
+def train_epoch(
+    training: Training,
+    forward: nn.Module,
+    loader: DataLoader,
+    options: argparse.Namespace,
+    mixup: timm.data.Mixup | None,
+    bar: tqdm,
+) -> float:
+    """Train for one epoch and return the mean loss of this process.
+
+    Args:
+        training: what is trained.
+        forward: its model, or that in DistributedDataParallel.
+        loader: batches of images and labels; those that fill no step are left out.
+        mixup: mixes a batch and smooths its targets.
+        bar: shows the images of all processes.
+    """
+    updates = updates_per_epoch(loader, options)
+    done = training.epochs_done * updates
+    total = torch.zeros((), dtype=torch.float64, device=options.device)
+    forward.train()
+    for i, (images, labels) in enumerate(itertools.islice(loader, updates * options.accumulate)):
+        images = images.to(options.device, non_blocking=True)
+        labels = labels.to(options.device, non_blocking=True)
+        if mixup:
+            images, labels = mixup(images, labels)
+        smoothing = 0.0 if mixup else options.smoothing
+        step_now = (i + 1) % options.accumulate == 0
+        waits = isinstance(forward, DistributedDataParallel) and not step_now
+        with forward.no_sync() if waits else contextlib.nullcontext():
+            with autocast(options):
+                outputs = forward(images)
+            loss = F.cross_entropy(outputs.float(), labels, label_smoothing=smoothing)
+            training.scaler.scale(loss / options.accumulate).backward()
+        total += loss.detach()
+        if step_now:
+            training.scaler.step(training.optimizer)
+            training.scaler.update()
+            training.optimizer.zero_grad()
+            done += 1
+            training.scheduler.step_update(done)
+            if training.ema:
+                training.ema.update(training.model, step=done)
+        bar.update(len(images) * (dist.get_world_size() if dist.is_initialized() else 1))
+        if i % 20 == 0:
+            bar.set_postfix(loss=f"{float(total) / (i + 1):.3f}", refresh=False)
+    mean = float(total) / (updates * options.accumulate)
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"the loss of epoch {training.epochs_done + 1} is {mean}")
+    return mean
+
+
+@contextlib.contextmanager
+def whole_or_not_at_all(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """Open a file that takes the place of ``path`` once all of it is on the disk."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, mode, newline=None if "b" in mode else "") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
