@@ -217,5 +217,8 @@ def test_load_pruned_refuses_what_does_not_fit(tmp_path, pruned):
         load_pruned(make_swin())
     with pytest.raises(TypeError, match="found dict in the model's place"):
         load_pruned({}, path)
+    torch.save(make_swin().state_dict(), tmp_path / "dense.pth")
+    with pytest.raises(ValueError, match="must have masks for masked=True"):
+        load_pruned(make_swin(), tmp_path / "dense.pth", masked=True)
     with pytest.raises(FileNotFoundError):
         load_pruned(tmp_path / "nowhere")

@@ -132,8 +132,8 @@ def load_pruned(model_or_path, path=None, *, masked=False, device="cpu"):
 
     Raises:
         TypeError: for arguments of other types.
-        ValueError: if the file is damaged, does not fit the model, or holds masks of other
-            weights than the model's.
+        ValueError: if the file is damaged, does not fit the model, holds masks of other
+            weights than the model's, or none where ``masked`` wants them.
         RuntimeError: if the model is pruned already.
         OSError: if the file cannot be read.
     """
@@ -159,6 +159,11 @@ def load_pruned(model_or_path, path=None, *, masked=False, device="cpu"):
         entries, masks_alone = weights.entries, holds_masks_alone(weights)
         _check_fit(own, entries, masks_alone, caller)
         targets = _targets(model, entries, caller) if masked else {}
+        if masked and not targets:
+            raise ValueError(
+                f"{caller}: {os.fspath(path)} must have masks for masked=True, found whole tensors "
+                "only: leave it out, and prune the model again if it is to keep its zeros."
+            )
         if weights.record and masks_alone:
             _check_hashes(own, weights.record.pruned, f"{caller}: {os.fspath(path)}")
         wanted = targets or (entries if masks_alone else ())
