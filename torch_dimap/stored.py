@@ -30,7 +30,7 @@ from torch_dimap.reading import CPU_BLOCK
 from torch_dimap.records import Record, kept_name, mask_name, read_record
 from torch_dimap.threads import each_layer
 
-BLOCK = 1 << 15  # entries read from a file at a time: few, since memory is what counts there
+BLOCK = 1 << 14  # entries read from a file at a time: few, since memory is what counts there
 INDEX = ".index.json"  # what the name of a list of shards ends in
 
 
