@@ -77,6 +77,57 @@ def test_summarize_can_leave_flops_out(capsys):
     assert out.startswith("| layer | group | shape |") and "FLOPs" not in out
 
 
+@pytest.mark.parametrize(
+    "option", [("--img-size", 112), ("--num-classes", 10), ("--no-flops",)], ids=lambda x: x[0]
+)
+def test_summarize_of_a_file_wants_a_model_for_options_about_it(capsys, tmp_path, pruned, option):
+    torch.save(pruned[2], tmp_path / "baked.pt")
+    code, _, err = run(capsys, "summarize", tmp_path / "baked.pt", *option)
+    assert code == 1 and f"{option[0]} goes with a model: add --model NAME" in err
+
+
+def test_prune_expand_and_inspect_a_file(capsys, tmp_path, pruned):
+    dense, packed, whole = (tmp_path / f"{name}.safetensors" for name in ("d", "packed", "whole"))
+    torch.manual_seed(0)
+    model = timm.create_model(NAME)
+    safetensors.torch.save_file(model.state_dict(), dense)
+    code, out, err = run(capsys, "prune", dense, packed, "--amount", "0.25", "--compressed")
+    assert (code, err) == (0, "") and out.startswith(f"{packed}: {packed.stat().st_size:,} bytes;")
+    assert run(capsys, "expand", packed, whole)[0] == 0
+    global_module_aware_unstructured(group_parameters(model), amount=0.25)
+    expected = remove_all(model).state_dict()
+    found = safetensors.torch.load_file(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    tables = [run(capsys, "inspect", path)[1] for path in (packed, whole, dense)]
+    assert "masks and the values that they keep, written by torch_dimap" in tables[0]
+    rows = [[line.split() for line in table.splitlines()[1:5]] for table in tables]
+    assert rows[0] == rows[1] and rows[0][1][:5] == "qkv 12 6,469,632 4,852,224 0.7500".split()
+    assert rows[2][3][:3] == "mlp 24 17,252,352".split() and rows[2][3][4] == "1.0000"
+    code, out, _ = run(capsys, "summarize", packed, "--format", "json")
+    assert code == 0 and json.loads(out)["prunable"]["density"] == 0.75
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["prune", "{}/d.pt", "{}/d.pt", "--amount", "0.5", "--force"], "another file than the s"),
+        (["prune", "{}/d.pt", "{}/old", "--amount", "0.5"], "old exists: name another target"),
+        (["prune", "{}/d.pt", "{}/no/out", "--amount", "0.5"], "there is no folder"),
+        (["prune", "{}/d.pt", "{}/out", "--amount", "2.5"], "must lie in [0, 1], found 2.5"),
+        (["prune", "{}/nothing", "{}/out", "--amount", "1"], "nothing: No such file or directory"),
+        (["expand", "{}/d.pt", "{}/out"], "must have masks to be expanded"),
+        (["inspect", "{}/old"], "must be a checkpoint"),
+    ],
+)
+def test_file_commands_fail_on_one_line(capsys, tmp_path, pruned, arguments, message):
+    torch.save(pruned[2], tmp_path / "d.pt")
+    (tmp_path / "old").write_text("old")
+    code, out, err = run(capsys, *(argument.format(tmp_path) for argument in arguments))
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"torch-dimap {arguments[0]}: error: ") and message in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.pt", "old"]
+
+
 def test_table1_prints_markdown(capsys):
     code, out, _ = run(capsys, "table1", "--sizes", "tiny", "--markdown")
     assert code == 0 and out.splitlines()[2].startswith("| Swin-T | 15% | 24.41 M | 24.4 M |")
@@ -93,7 +144,7 @@ def test_table1_prints_markdown(capsys):
 def test_summarize_fails_on_one_line(capsys, arguments, message):
     code, out, err = run(capsys, "summarize", *arguments)
     assert (code, out) == (1, "")
-    assert err.startswith("python -m torch_dimap summarize: error: ") and message in err
+    assert err.startswith("torch-dimap summarize: error: ") and message in err
     assert err.count("\n") == 1
 
 
@@ -123,7 +174,7 @@ def test_pretrained_weights_that_cannot_be_had_are_an_error_on_one_line(capsys, 
 def test_arguments_that_make_no_sense_exit_with_2(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
-    assert caught.value.code == 2 and "usage: python -m torch_dimap" in capsys.readouterr().err
+    assert caught.value.code == 2 and "usage: torch-dimap" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

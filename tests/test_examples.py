@@ -80,3 +80,14 @@ def test_benchmark_of_pruning_writes_table_and_plot(tmp_path):
         for method in ("identity", "torch_dimap")
     ]
     assert all(float(row["seconds"]) > 0 for row in rows)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read in /proc")
+def test_benchmark_of_files_writes_tables(tmp_path):
+    done = run("benchmarks/files.py", "--model", SWIN, "--gigabytes", 0.05, "--formats", "pth",
+               "--repeats", 1, "--folder", tmp_path, "--output", tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["files.csv", "files.md"]
+    rows = {row["kind"]: row for row in csv.DictReader(open(tmp_path / "files.csv"))}
+    whole, packed = int(rows["save_file"]["bytes"]), int(rows["save_pruned"]["bytes"])
+    assert packed < 0.6 * whole and int(rows["prune_checkpoint"]["peak_bytes"]) > 0

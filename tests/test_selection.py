@@ -140,7 +140,7 @@ def test_exact_energy_rounds_nothing(dtype):
     weight = (torch.randn(3000, generator=generator, dtype=torch.float64) ** 9).to(dtype)
     weight = weight[weight.isfinite()]
     expected = sum(Fraction(x) ** 2 for x in weight.tolist() if abs(x) > 0.5)
-    layer = reading.read_layer(weight, None)
+    layer = reading.read_layer(reading.blocks_of(weight, None))
     assert selection._exact_energy(layer, 0.5) == expected
 
 

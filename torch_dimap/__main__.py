@@ -1,4 +1,4 @@
-"""The command line: ``python -m torch_dimap COMMAND``."""
+"""The command line: ``torch-dimap COMMAND``, or ``python -m torch_dimap COMMAND``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_dimap import __version__
-from torch_dimap.sources import build, load_weights, read_weights, skeleton
+from torch_dimap import __version__, file_commands
+from torch_dimap.skeletons import skeleton
+from torch_dimap.sources import build, load_weights, read_weights
 from torch_dimap.summary import Summary, summarize
 from torch_dimap.table1 import PAPER, table1, table1_cells
 from torch_dimap.tables import aligned, markdown
@@ -72,6 +73,12 @@ def _summarize(arguments: argparse.Namespace) -> str:
             f"{source!r} is {'a file' if is_file else 'no file'}."
         )
     if is_file and not name:
+        for option in ("num_classes", "img_size", "no_flops"):
+            if getattr(arguments, option):
+                raise ValueError(
+                    f"--{option.replace('_', '-')} goes with a model: add --model NAME to say of "
+                    f"which model the weights in {source} are."
+                )
         return FORMATS[arguments.format](summarize(skeleton(read_weights(source))))
     settings = {"num_classes": arguments.num_classes, "img_size": arguments.img_size}
     given = {key: value for key, value in settings.items() if value is not None}
@@ -118,6 +125,21 @@ def _table1(arguments: argparse.Namespace) -> str:
 
 
 COMMANDS = {
+    "prune": Command(
+        "prune the weights in a file, without their model",
+        file_commands.add_prune,
+        file_commands.prune,
+    ),
+    "expand": Command(
+        "write a file with masks as one with whole tensors, zeros in them",
+        file_commands.add_expand,
+        file_commands.expand,
+    ),
+    "inspect": Command(
+        "tell the groups, densities, thresholds and sizes of a file",
+        file_commands.add_inspect,
+        file_commands.inspect,
+    ),
     "summarize": Command(
         "tell what pruning has left, by layer, by group and in all",
         _summarize_arguments,
@@ -142,23 +164,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         Arguments that cannot be parsed exit with 2, as usual with argparse.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m torch_dimap",
+        prog="torch-dimap",
         description="Data-independent module-aware pruning (DIMAP) of vision transformers.",
     )
     parser.add_argument("--version", action="version", version=f"torch_dimap {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         command.add_arguments(
-            commands.add_parser(name, help=command.help, description=command.help)
+            commands.add_parser(
+                name,
+                help=command.help,
+                description=command.help,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
         )
     arguments = parser.parse_args(argv)
     try:
         print(COMMANDS[arguments.command].run(arguments))
     except Exception as error:  # a model's own code raises what it likes; the user gets one line
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"{parser.prog} {arguments.command}: error: {message}", file=sys.stderr)
+        print(f"{parser.prog} {arguments.command}: error: {_one_line(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without its number
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(text.split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
 
@@ -13,8 +14,9 @@ from torch.nn.utils import prune
 from torch_dimap.amounts import amounts_by_group, check_amount, count_to_prune
 from torch_dimap.attaching import all_or_nothing, attach
 from torch_dimap.grouping import Pair
-from torch_dimap.hooks import hold, known_readers, pruning_methods, release
+from torch_dimap.hooks import hold, known_readers, pruned_tensors, pruning_methods, release
 from torch_dimap.importance import check_finite
+from torch_dimap.messages import name_some
 from torch_dimap.selection import select
 from torch_dimap.targets import CALL, Target, check_targets
 
@@ -169,7 +171,13 @@ def global_module_aware_unstructured(
         else:
             chosen = _choose_flat(method, targets)
         masks[group], thresholds[group] = chosen
-    _warn_of_empty(groups, masks)  # first: where warnings are errors, nothing may change
+    empty = [
+        target.label
+        for group, targets in groups.items()
+        for target, mask in zip(targets, masks[group])
+        if mask.numel() and not mask.count_nonzero()
+    ]
+    warn_of_empty(empty, CALL)  # first: where warnings are errors, nothing may change
     everything = [target for targets in groups.values() for target in targets]
     readers = known_readers(target.module for target in everything)
     with all_or_nothing(everything, readers):
@@ -198,14 +206,7 @@ def remove_all(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"remove_all(): model must be an nn.Module, found {type(model).__name__}.")
-    for place, module in model.named_modules():
-        for name in (method._tensor_name for method in pruning_methods(module)):
-            label = f"{place}.{name}".removeprefix(".")
-            if f"{name}_orig" not in module._parameters or f"{name}_mask" not in module._buffers:
-                raise RuntimeError(
-                    f"remove_all(): {label} must have a parameter {name}_orig and a buffer "
-                    f"{name}_mask, found not both: build the model again and load its weights."
-                )
+    deque(pruned_tensors(model, "remove_all()"), maxlen=0)  # all are sound, or nothing changes
     for module in reversed(list(model.modules())):  # inner ones first
         for method in pruning_methods(module):
             with torch.no_grad():
@@ -265,15 +266,7 @@ def _choose_flat(
     return allowed, float(pruned.max()) if pruned.numel() else 0.0
 
 
-def _warn_of_empty(groups: dict[str, list[Target]], masks: dict[str, list[Tensor]]) -> None:
-    empty = [
-        target.label
-        for group, targets in groups.items()
-        for target, mask in zip(targets, masks[group])
-        if mask.numel() and not mask.count_nonzero()
-    ]
-    if empty:
-        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-        warnings.warn(
-            f"{CALL}: no weight is left in {', '.join(empty[:3])}{more}.", stacklevel=3
-        )
+def warn_of_empty(labels: list[str], caller: str) -> None:
+    """Warn of layers that a call leaves without any weight."""
+    if labels:
+        warnings.warn(f"{caller}: no weight is left in {name_some(labels)}.", stacklevel=3)

@@ -27,8 +27,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from fractions import Fraction
 from itertools import product, repeat
 from typing import NamedTuple
@@ -39,17 +37,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_dimap import brackets
-from torch_dimap.brackets import bracket, guess_threshold, take_sample
+from torch_dimap.brackets import bracket, expected, guess_threshold, narrow, take_sample
+from torch_dimap.cuts import Cut, mask_of
 from torch_dimap.reading import (
     FlatLayer,
     block_size,
+    blocks_of,
+    count_true,
     energy_above,
-    magnitudes,
+    magnitude_of,
     pick,
     read_layer,
     sort,
     total,
 )
+from torch_dimap.threads import each_layer
 
 
 ROW = 1024  # candidates that are added up one after the other
@@ -63,13 +65,6 @@ class _Candidates(NamedTuple):
     score: Tensor  # float64, each within the relative error of _score_error
     below: int  # non-zero ones only
     above: int
-
-
-class _Cut(NamedTuple):
-    """What stays of a layer: all above ``magnitude``, and the first ``ties`` equal to it."""
-
-    magnitude: float
-    ties: int
 
 
 def select(
@@ -92,60 +87,66 @@ def select(
         ValueError: if ``count`` is negative or above the number of entries to choose
             from.
     """
-    with _each_layer(weights) as each:
-        layers = list(each(read_layer, weights, masks or [None] * len(weights)))
-        zeros, nonzeros = sum(x.zeros for x in layers), sum(x.nonzeros for x in layers)
-        if not 0 <= count <= zeros + nonzeros:
+    on_cpu = all(weight.device.type == "cpu" for weight in weights)
+    with each_layer(len(weights), on_cpu) as each:
+        blocks = list(map(blocks_of, weights, masks or [None] * len(weights)))
+        layers = list(each(read_layer, blocks))
+        entries = sum(x.zeros + x.nonzeros for x in layers)
+        if not 0 <= count <= entries:
             raise ValueError(
-                f"select(): count must lie between 0 and the {zeros + nonzeros} entries "
+                f"select(): count must lie between 0 and the {entries} entries "
                 f"to choose from, found {count}."
             )
-        if count <= zeros:
-            cuts, threshold = _cut_zeros(layers, count), 0.0
-        elif count == zeros + nonzeros:
-            cuts, threshold = [_Cut(math.inf, 0)] * len(layers), 1.0
-        else:
-            cuts, threshold = _cut_nonzeros(layers, count - zeros, each)
-        keeps = [keep.view(w.shape) for keep, w in zip(each(_mask, layers, cuts), weights)]
-    return keeps, threshold
+        cuts, threshold = find_cuts(layers, count, each)
+        return list(each(mask_of, weights, blocks, cuts)), threshold
 
 
-@contextmanager
-def _each_layer(weights: Sequence[Tensor]) -> Iterator[Callable[..., Iterator]]:
-    """Yield a ``map`` that works on as many layers at once as torch has threads.
+def find_cuts(
+    layers: list[FlatLayer],
+    count: int,
+    each: Callable[..., Iterator] = map,
+    candidates: float = math.inf,
+) -> tuple[list[Cut], float]:
+    """Find the cut of each layer of a group, for ``count`` entries in all, and the threshold.
 
-    Left to itself torch would share every operation on a block among all threads, and
-    wherever another process holds a core each of these thousands of meetings waits for it.
+    The layers are read several times, block by block, and need not lie in memory. Where
+    more ``candidates`` than told are to be expected they are read more often, for fewer.
     """
-    threads = torch.get_num_threads()
-    if min(threads, len(weights)) == 1 or any(w.device.type != "cpu" for w in weights):
-        yield map
-        return
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool.map
-    finally:  # the workers' setting is also what threads started later would get
-        torch.set_num_threads(threads)
+    zeros = sum(x.zeros for x in layers)
+    if count <= zeros:
+        return _cut_zeros(layers, count), 0.0
+    if count == zeros + sum(x.nonzeros for x in layers):
+        return [Cut(math.inf, 0, 0)] * len(layers), 1.0
+    return _cut_nonzeros(layers, count - zeros, each, candidates)
 
 
-def _cut_zeros(layers: list[FlatLayer], count: int) -> list[_Cut]:
+def _cut_zeros(layers: list[FlatLayer], count: int) -> list[Cut]:
     """Prune ``count`` zeros and nothing else."""
     cuts = []
     for layer in reversed(layers):
         taken = min(layer.zeros, count)
-        cuts.append(_Cut(0.0, layer.zeros - taken))
+        cuts.append(Cut(0.0, layer.zeros - taken, layer.zeros + layer.nonzeros - taken))
         count -= taken
     return cuts[::-1]
 
 
 def _cut_nonzeros(
-    layers: list[FlatLayer], count: int, each: Callable[..., Iterator]
-) -> tuple[list[_Cut], float]:
+    layers: list[FlatLayer], count: int, each: Callable[..., Iterator], candidates: float
+) -> tuple[list[Cut], float]:
     """Prune every zero, and of the rest the ``count`` lowest."""
-    samples = list(each(take_sample, layers))
+    wanted = brackets.SAMPLE if candidates == math.inf else brackets.NARROW_SAMPLE
+    samples = list(each(take_sample, layers, repeat(wanted)))
     guess = guess_threshold(samples, count)
     margins = [brackets.MARGIN] * len(layers)
-    found = list(each(_candidates, layers, map(bracket, samples, repeat(guess), margins)))
+    limits = list(map(bracket, samples, repeat(guess), margins))
+    finer = samples.copy()
+    while (more := sum(map(expected, finer, limits))) > candidates:
+        finer = list(each(narrow, layers, finer, limits))
+        guess = guess_threshold(finer, count)
+        limits = list(map(bracket, finer, repeat(guess), margins))
+        if sum(map(expected, finer, limits)) > more / 2:  # ties, which nothing can narrow
+            break
+    found = list(each(_candidates, layers, limits))
     while True:
         inside = count - sum(c.below for c in found)
         if 0 < inside <= sum(c.score.numel() for c in found):
@@ -157,20 +158,25 @@ def _cut_nonzeros(
                 for n, c in zip(chosen, found)
             ]
             if not any(missed):
-                return [_cut(c, n) for c, n in zip(found, chosen)], threshold
+                return list(map(_cut, layers, found, chosen)), threshold
         else:
             missed = [c.below + c.above > 0 for c in found]
         for i in (i for i, is_missed in enumerate(missed) if is_missed):
             margins[i] *= 4
-            found[i] = _candidates(layers[i], bracket(samples[i], guess, margins[i]))
+            before, limits[i] = limits[i], bracket(finer[i], guess, margins[i])
+            if limits[i] == before and finer[i] is not samples[i]:  # as wide as it can become
+                finer[i], margins[i] = samples[i], brackets.MARGIN
+                limits[i] = bracket(finer[i], guess, margins[i])
+            found[i] = _candidates(layers[i], limits[i])
 
 
 def _candidates(layer: FlatLayer, limits: tuple[float, float]) -> _Candidates:
     low, high = limits
     inside, above, energies = [], [], []
-    for magnitude in magnitudes(layer.weight, layer.chooseable):
+    for block in layer.blocks():
+        magnitude = magnitude_of(*block)
         over = magnitude > high
-        above.append(torch.count_nonzero(over))
+        above.append(count_true(over))
         inside.append(pick(magnitude, (magnitude > low).logical_xor_(over)))
         energies.append(energy_above(magnitude, high, layer.scale))
     magnitude = sort(torch.cat(inside)).flip(0)
@@ -246,7 +252,8 @@ def _settle_exactly(
 def _exact_energy(layer: FlatLayer, above: float) -> Fraction:
     """Sum the unscaled squares of all magnitudes greater than ``above``, without rounding."""
     energy = Fraction(0)
-    for magnitude in magnitudes(layer.weight, layer.chooseable):
+    for block in layer.blocks():
+        magnitude = magnitude_of(*block)
         for part in magnitude[magnitude > above].split(EXACT):
             mantissa, exponent = torch.frexp(part.to(torch.float64))
             exponents, place = exponent.unique(return_inverse=True)
@@ -259,26 +266,14 @@ def _exact_energy(layer: FlatLayer, above: float) -> Fraction:
     return energy
 
 
-def _cut(candidates: _Candidates, pruned: int) -> _Cut:
+def _cut(layer: FlatLayer, candidates: _Candidates, pruned: int) -> Cut:
     """Cut a layer so that its ``pruned`` lowest candidates, and all below, go."""
+    kept = layer.nonzeros - candidates.below - pruned
     if pruned == 0:
-        return _Cut(0.0, 0)
-    kept = candidates.magnitude[:-pruned]
+        return Cut(0.0, 0, kept)
+    staying = candidates.magnitude[:-pruned]
     magnitude = candidates.magnitude[-pruned]
-    return _Cut(magnitude.item(), int((kept == magnitude).count_nonzero()))
-
-
-def _mask(layer: FlatLayer, cut: _Cut) -> Tensor:
-    keep = torch.empty(layer.weight.numel(), dtype=torch.bool, device=layer.weight.device)
-    ties = cut.ties
-    outs = keep.split(block_size(keep))
-    for magnitude, out in zip(magnitudes(layer.weight, layer.chooseable), outs):
-        torch.gt(magnitude, cut.magnitude, out=out)
-        if ties:
-            tied = (magnitude == cut.magnitude).nonzero().squeeze(1)[:ties]
-            out[tied] = True
-            ties -= tied.numel()
-    return keep
+    return Cut(magnitude.item(), int((staying == magnitude).count_nonzero()), kept)
 
 
 def _kth_smallest(vectors: list[Tensor], k: int) -> float:

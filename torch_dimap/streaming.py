@@ -1,0 +1,205 @@
+"""Checkpoints pruned and expanded as streams: no model, and never a whole file in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from torch_dimap.amounts import amounts_by_group, count_to_prune
+from torch_dimap.cuts import Cut
+from torch_dimap.entries import Entry
+from torch_dimap.grouping import Rule
+from torch_dimap.importance import check_finite
+from torch_dimap.pruning import warn_of_empty
+from torch_dimap.reading import FlatLayer, read_layer
+from torch_dimap.records import Record
+from torch_dimap.replacing import check_target
+from torch_dimap.selection import find_cuts
+from torch_dimap.skeletons import group_names
+from torch_dimap.stored import open_weights, refuse_masks_alone
+from torch_dimap.threads import each_layer, thrifty
+from torch_dimap.writing import write_weights
+
+CANDIDATES = 1 << 18  # entries around the cuts of a group, each of about 20 bytes
+_Path = str | os.PathLike[str]
+
+
+def prune_checkpoint(
+    source: _Path,
+    target: _Path,
+    amount: float | Mapping[str, float],
+    *,
+    compressed: bool = False,
+    rule: Rule | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Prune the weights in a file, without the model that they belong to.
+
+    The masks are those that :func:`torch_dimap.global_module_aware_unstructured` would
+    choose for the model: layers are grouped by their names in the file. Values are read
+    and written in blocks, a few times each; in memory there is a block per thread and the
+    few entries around each cut. Everything else in the file stays as it is, but what is
+    no tensor of the state dict, such as an optimizer's state, is left out.
+
+    The target is one safetensors file, whatever the source is. Until it is whole, what
+    was there before stays; see :func:`torch_dimap.save_pruned` for its layout.
+
+    Args:
+        source: a ``.safetensors`` file, an index of shards
+            (``*.safetensors.index.json``), or what ``torch.save`` wrote (a state dict, or
+            a dict that holds one); masks of earlier pruning in it are respected.
+        target: the file to write, another than the source. A symbolic link is followed,
+            and what it points to is replaced.
+        amount: float, the fraction of every group; int, the total over all groups;
+            dict, group -> float or int. Of the weights still unpruned.
+        compressed: write masks as bits and only the values that they keep, for
+            :func:`torch_dimap.load_pruned`; else whole tensors, +0.0 where they are pruned,
+            which any reader of safetensors loads.
+        rule: takes the place of the built-in one, as in
+            :func:`torch_dimap.group_parameters`; it sees modules without values.
+        force: replace a target that exists.
+        progress: show a bar on the standard error.
+
+    Returns:
+        Group -> threshold, the highest score that went; 0.0 if nothing did.
+
+    Raises:
+        TypeError: for an amount of another type.
+        ValueError: for an amount out of range, a source that is no checkpoint, is damaged,
+            has no layers that can be grouped, or holds NaN or infinity among those; if
+            the target is the source.
+        OSError: if the target exists without ``force``, or the disk refuses.
+
+    Source: He and Zhou, ICLR 2024, Sec. 4.1.
+
+    Example:
+        >>> import tempfile, timm, torch
+        >>> folder = tempfile.mkdtemp()
+        >>> dense, half = f"{folder}/dense.pth", f"{folder}/half.safetensors"
+        >>> model = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=24)
+        >>> torch.save(model.state_dict(), dense)
+        >>> thresholds = prune_checkpoint(dense, half, 0.5, compressed=True)
+        >>> list(thresholds), os.path.getsize(half) < 0.7 * os.path.getsize(dense)
+        (['qkv', 'proj', 'mlp'], True)
+    """
+    caller = "prune_checkpoint()"
+    with open_weights(source) as weights:
+        path = check_target(target, caller, force, weights.files)
+        entries = weights.entries
+        refuse_masks_alone(weights, f"{caller}: {os.fspath(source)}")
+        groups = group_names(entries, rule)
+        names = [name for members in groups.values() for name in members]
+        work = sum(entries[name].kind.bytes for name in [*names, *entries])
+        with _bar(work, progress) as done, each_layer(len(entries)) as each:
+
+            def look(name: str) -> FlatLayer:
+                layer = _look(entries[name], f"{caller}: {name} in {os.fspath(source)}")
+                done(entries[name].kind.bytes)
+                return layer
+
+            each = thrifty(each)
+            layers = dict(zip(names, each(look, names)))
+            cuts, thresholds = _find_cuts(layers, groups, amount, f"{caller}: amount", each)
+            warn_of_empty([n for n in names if entries[n].kind.size and not cuts[n].kept], caller)
+            write_weights(
+                path,
+                entries,
+                "compressed" if compressed else "dense",
+                each=each,
+                cuts=cuts,
+                group_of={name: group for group, members in groups.items() for name in members},
+                thresholds=thresholds,
+                metadata=weights.metadata,
+                done=done,
+            )
+    return thresholds
+
+
+def expand_checkpoint(
+    source: _Path, target: _Path, *, force: bool = False, progress: bool = False
+) -> None:
+    """Write a file with masks as one with whole tensors, +0.0 where they are pruned.
+
+    Args:
+        source: what :func:`torch_dimap.save_pruned` or :func:`prune_checkpoint` wrote
+            compressed, or the state dict of a model with torch's masks.
+        target: the safetensors file to write, as for :func:`prune_checkpoint`.
+        force: replace a target that exists.
+        progress: show a bar on the standard error.
+
+    Raises:
+        ValueError: if the source is no checkpoint, is damaged, or has no masks or nothing
+            else than masks; if the target is the source.
+        OSError: if the target exists without ``force``, or the disk refuses.
+    """
+    caller = "expand_checkpoint()"
+    with open_weights(source) as weights:
+        path = check_target(target, caller, force, weights.files)
+        refuse_masks_alone(weights, f"{caller}: {os.fspath(source)}")
+        if not any(entry.masked for entry in weights.entries.values()):
+            raise ValueError(
+                f"{caller}: {os.fspath(source)} must have masks to be expanded, found whole "
+                "tensors only: it can be used as it is."
+            )
+        record = weights.record or Record("dense", "", {}, {}, {})
+        group_of = {name: p.group for name, p in record.pruned.items() if p.group is not None}
+        thresholds = {group: asked.threshold for group, asked in record.groups.items()}
+        work = sum(entry.kind.bytes for entry in weights.entries.values())
+        with _bar(work, progress) as done, each_layer(len(weights.entries)) as each:
+            write_weights(
+                path,
+                weights.entries,
+                "dense",
+                each=thrifty(each),
+                group_of=group_of,
+                thresholds=thresholds,
+                metadata=weights.metadata,
+                done=done,
+            )
+
+
+def _look(entry: Entry, what: str) -> FlatLayer:
+    """Read a layer for the first time, and refuse what has no rank."""
+
+    def checked() -> Iterator[tuple[Tensor, Tensor | None]]:
+        for weight, mask in entry.blocks():
+            check_finite(weight, what)
+            yield weight, mask
+
+    return read_layer(checked)._replace(blocks=entry.blocks)
+
+
+def _find_cuts(
+    layers: Mapping[str, FlatLayer],
+    groups: Mapping[str, list[str]],
+    amount: float | Mapping[str, float],
+    what: str,
+    each: Callable[..., Iterator],
+) -> tuple[dict[str, Cut], dict[str, float]]:
+    """Return the cut of each layer, and the threshold of each group."""
+    unpruned = {
+        group: sum(layers[name].zeros + layers[name].nonzeros for name in names)
+        for group, names in groups.items()
+    }
+    amounts = amounts_by_group(amount, unpruned, what)
+    cuts: dict[str, Cut] = {}
+    thresholds = {}
+    for group, names in groups.items():
+        count = count_to_prune(amounts[group], unpruned[group], what)
+        members = [layers[name] for name in names]
+        found, thresholds[group] = find_cuts(members, count, each, CANDIDATES)
+        cuts.update(zip(names, found))
+    return cuts, thresholds
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[int], Any]]:
+    """Yield what moves a progress bar on by so many bytes."""
+    with tqdm(total=total, unit="B", unit_scale=True, disable=not shown) as bar:
+        yield bar.update
