@@ -182,10 +182,9 @@ def load_pruned(model_or_path, path=None, *, masked=False, device="cpu"):
 
 
 def _load_state(path: _Path, device: torch.device | str) -> dict[str, Tensor]:
-    with open_weights(path, in_memory=True) as weights, each_layer(len(weights.entries)) as each:
+    with open_weights(path, in_memory=True) as weights:
         refuse_masks_alone(weights, f"load_pruned(): {os.fspath(path)}")
-        found = zip(weights.entries, each(read_values, weights.entries.values()))
-        return {name: values.to(device) for name, values in found}
+        return {name: read_values(entry).to(device) for name, entry in weights.entries.items()}
 
 
 def _put(tensor: Tensor, entry: Entry) -> None:

@@ -79,10 +79,8 @@ def fill(entry: Entry, values: Tensor) -> None:
     values, place = values.detach().view(-1), 0
     for weight, keep in entry.blocks():
         part = slice(place, place := place + weight.numel())
-        if keep is None or entry.baked:
-            values[part] = weight
-        else:
-            bits_of(values[part])[:] = zeroed(weight, keep)
+        bits = bits_of(weight) if keep is None or entry.baked else zeroed(weight, keep)
+        bits_of(values[part])[:] = bits
 
 
 def read_values(entry: Entry) -> Tensor:

@@ -25,7 +25,7 @@ from torch_dimap.stored import open_weights, refuse_masks_alone
 from torch_dimap.threads import each_layer, thrifty
 from torch_dimap.writing import write_weights
 
-CANDIDATES = 1 << 18  # entries around the cuts of a group, each of about 20 bytes
+CANDIDATES = 1 << 16  # entries around the cuts of a group, each of about 20 bytes
 _Path = str | os.PathLike[str]
 
 
