@@ -101,6 +101,17 @@ def test_finetune_without_an_amount_trains_a_dense_model(data, tmp_path, run):
     model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
 
 
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_finetune_learns_in_half_precision(data, tmp_path, run, amp):
+    run(*arguments(data, tmp_path / "out", "--amount", 0.3, "--epochs", 6, "--augmentation", "none",
+                   "--amp", amp, "--ema-decay", 0.5))  # fmt: skip
+    losses = column(tmp_path / "out", "loss")
+    assert losses[-1] < losses[0]
+    run(*arguments(data, tmp_path / "out", "--amount", 0.3, "--epochs", 6, "--augmentation", "none",
+                   "--amp", amp, "--ema-decay", 0.5, "--resume"))  # fmt: skip
+    assert column(tmp_path / "out", "loss") == losses
+
+
 def test_finetune_accumulates_to_the_same_losses(data, tmp_path, run):
     run(*arguments(data, tmp_path / "once", "--amount", 0.5, *PLAIN))
     run(*arguments(data, tmp_path / "parts", "--amount", 0.5, *PLAIN, "--batch-size", 4,
