@@ -7,6 +7,7 @@ import shutil
 import warnings
 
 import pytest
+import timm
 import torch
 from backbones import BYPASSING, baked, build, images, outputs
 from torch.utils.checkpoint import checkpoint
@@ -14,6 +15,11 @@ from torch.utils.checkpoint import checkpoint
 import torch_dimap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def skip_if_torch_breaks_the_graph(family):
+    if torch.__version__.startswith("2.4.") and family != "swin":
+        pytest.skip("torch 2.4 breaks the graph where a model reads a layer without calling it")
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +48,7 @@ def gradients(model):
 )
 def test_compile_takes_the_full_graph(family):
     """Every dense model in the list compiles so, which the baked one shows."""
+    skip_if_torch_breaks_the_graph(family)
     model, x = pruned(family).train(), images(family)
     dense = baked(model, family)
     for one in (model, dense):
@@ -85,6 +92,8 @@ def test_compile_notices_that_its_model_was_pruned():
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("family", ["swin", "torchvision swin_v2", "torchvision vit"])
 def test_export(family, strict):
+    if strict:
+        skip_if_torch_breaks_the_graph(family)
     model, x = pruned(family).eval(), images(family)
     before = model.state_dict().keys()
     program = torch.export.export(model, (x,), strict=strict).module()
@@ -123,6 +132,8 @@ def test_autocast(family):
 def test_gradient_checkpointing_of_the_model(family):
     if family.startswith("transformers"):
         pytest.importorskip("transformers")
+    elif timm.__version__ == "1.0.9" and family in ("beit", "eva02"):
+        pytest.skip("timm 1.0.9 cannot checkpoint the gradients of these, dense or pruned")
     model, x = pruned(family).train(), images(family)
     outputs(model, x).sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
