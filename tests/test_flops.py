@@ -476,6 +476,8 @@ def test_count_flops_of_torchvision_swin_equals_timm_but_for_pooling(swin):
     "name", ["swin_tiny_patch4_window7_224", "deit_tiny_patch16_224", "pvt_v2_b0", "mvitv2_tiny"]
 )
 def test_count_flops_agrees_with_torch_flop_counter(name):
+    if torch.__version__.startswith("2.4.") and name in ("deit_tiny_patch16_224", "pvt_v2_b0"):
+        pytest.skip("torch 2.4's counter has no formula for the CPU's fused attention")
     model = timm.create_model(name).eval()
     norms: list[int] = []
     for module in model.modules():
