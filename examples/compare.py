@@ -30,12 +30,12 @@ from images import (
     training_loader,
 )
 from methods import METHODS, prune_to
-from models import add_model_kwargs_argument, fail, load_model
+from models import add_model_kwargs_argument, fail, load_model, whole_or_not_at_all
 from provenance import provenance
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from training import set_seeds, whole_or_not_at_all
+from training import set_seeds
 
 import torch_dimap
 

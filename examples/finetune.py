@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from images import (
@@ -36,7 +35,14 @@ from images import (
     training_loader,
 )
 from methods import METHODS, cubic_schedule, prune_to
-from models import add_model_kwargs_argument, add_weights_arguments, fail, load_model
+from models import (
+    add_model_kwargs_argument,
+    add_weights_arguments,
+    fail,
+    load_model,
+    save_model,
+    whole_or_not_at_all,
+)
 from provenance import provenance
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
@@ -53,7 +59,6 @@ from training import (
     sum_over_processes,
     train_epoch,
     updates_per_epoch,
-    whole_or_not_at_all,
 )
 
 import torch_dimap
@@ -220,12 +225,6 @@ def save(training: Training, options: argparse.Namespace) -> None:
         writer.writerows(training.log)
 
 
-def save_baked(model: nn.Module, path: Path) -> None:
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    with whole_or_not_at_all(path) as file:
-        file.write(safetensors.torch.save(state))
-
-
 def run(options: argparse.Namespace) -> None:
     rank, world = start_processes(options)
     state = claim_output(options)
@@ -274,7 +273,7 @@ def run(options: argparse.Namespace) -> None:
             print(f"epoch {epoch + 1}/{options.epochs}: loss {loss:.4f}, top-1 {top1:.2f} %, "
                   f"{images * world / seconds:.0f} images/s", flush=True)  # fmt: skip
     if rank == 0:
-        save_baked(torch_dimap.remove_all(training.tested), options.output / "model.safetensors")
+        save_model(torch_dimap.remove_all(training.tested), options.output / "model.safetensors")
         print(f"top-1 {top1:.2f} %; baked model: {options.output / 'model.safetensors'}")
 
 

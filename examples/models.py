@@ -1,12 +1,16 @@
-"""Build a timm model with the weights that the command line asks for."""
+"""Build a timm model with the weights that the command line asks for, and save it."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
+import safetensors.torch
 import timm
 from timm.utils import ParseKwargs
 from torch import nn
@@ -56,3 +60,26 @@ def load_model(
             f"no {source} for {name}: {reason[:300]}{'...' if len(reason) > 300 else ''}\n"
             "Give a file that fits with --checkpoint, or --random-init for random weights."
         )
+
+
+@contextlib.contextmanager
+def whole_or_not_at_all(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """Open a file that takes the place of ``path`` once all of it is on the disk."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, mode, newline=None if "b" in mode else "") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_model(model: nn.Module, path: Path) -> None:
+    """Write a model's state dict as safetensors."""
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    with whole_or_not_at_all(path) as file:
+        file.write(safetensors.torch.save(state))

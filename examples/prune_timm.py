@@ -7,25 +7,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import timm
 import torch
-from models import add_weights_arguments, fail, load_model
-from safetensors.torch import save_file
-from torch import nn
+from models import add_weights_arguments, fail, load_model, save_model
 
 import torch_dimap
-
-
-def save_whole_or_not_at_all(model: nn.Module, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -57,7 +45,10 @@ def main() -> None:
     size = timm.data.resolve_model_data_config(model)["input_size"]
     print(torch_dimap.summarize(model, torch.zeros(1, *size), thresholds=thresholds))
     if options.output:
-        save_whole_or_not_at_all(torch_dimap.remove_all(model), options.output)
+        try:
+            save_model(torch_dimap.remove_all(model), options.output)
+        except OSError as error:
+            fail(str(error))
         print(f"Baked model: {options.output} ({options.output.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -8,10 +8,8 @@ import itertools
 import math
 import os
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import timm
@@ -147,19 +145,3 @@ def train_epoch(
     if not math.isfinite(mean):
         raise FloatingPointError(f"the loss of epoch {training.epochs_done + 1} is {mean}")
     return mean
-
-
-@contextlib.contextmanager
-def whole_or_not_at_all(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a file that takes the place of ``path`` once all of it is on the disk."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, mode, newline=None if "b" in mode else "") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

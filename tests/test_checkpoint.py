@@ -147,6 +147,27 @@ def test_the_file_is_safetensors_and_tells_of_itself(tmp_path, pruned):
     assert {name for name in names if ":" not in name} == set(baked) - set(record["pruned"])
 
 
+def test_save_takes_any_finite_number_as_threshold(tmp_path, pruned):
+    swin, _, thresholds = pruned
+    save_pruned(swin, tmp_path / "a", thresholds={**thresholds, "qkv": 0})
+    load_pruned(tmp_path / "a")  # the record is strict about its numbers
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "error", "message"),
+    [
+        ({"qkv": float("nan")}, ValueError, "must be a finite number, .* found nan"),
+        ({"qkv": None}, ValueError, "must be a finite number, .* found None"),
+        ({"heads": 0.1}, ValueError, r"for the groups \['qkv', 'proj', 'mlp'\], found 'heads'"),
+        (0.5, TypeError, "mapping group -> threshold.*found float"),
+    ],
+)
+def test_save_refuses_thresholds_that_say_nothing(tmp_path, pruned, thresholds, error, message):
+    with pytest.raises(error, match=f"save_pruned.*{message}"):
+        save_pruned(pruned[0], tmp_path / "a", thresholds=thresholds)
+    assert not list(tmp_path.iterdir())
+
+
 def test_tied_strided_and_integer_tensors_come_back(tmp_path):
     class Odd(nn.Module):
         def __init__(self) -> None:

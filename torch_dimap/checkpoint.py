@@ -18,6 +18,7 @@ from torch_dimap.entries import Entry, entry_of, fill, masked, read_mask, read_v
 from torch_dimap.grouping import builtin_rule
 from torch_dimap.headers import NAMES
 from torch_dimap.hooks import hold_masks, pruned_tensors
+from torch_dimap.layers import check_thresholds
 from torch_dimap.messages import name_some
 from torch_dimap.packing import bits_of
 from torch_dimap.records import Pruned
@@ -55,13 +56,15 @@ def save_pruned(
             Those are the weights as they are now; for masks of a published checkpoint,
             save them before training.
         hash_weights: note these hashes (SHA-256) in a file with values too.
-        thresholds: group -> threshold, as the pruning call returned them, to be noted.
+        thresholds: group -> threshold, as the pruning call returned them, to be noted. The
+            groups are those that the layers' names speak of, as in ``group_parameters``.
         force: replace a file that exists.
 
     Raises:
-        TypeError: if ``model`` is no module.
+        TypeError: if ``model`` is no module, or ``thresholds`` no mapping.
         ValueError: if nothing in it is pruned, if a pruned weight is tied to one that is
-            not, or if its state dict holds what is no plain tensor.
+            not, if its state dict holds what is no plain tensor, or for thresholds of
+            other groups or that are no finite numbers.
         RuntimeError: if an earlier pruning of a tensor is incomplete.
         OSError: if the file exists without ``force``, or the disk refuses.
 
@@ -87,6 +90,7 @@ def save_pruned(
         group = builtin_rule(place, modules[place], parameter)
         if group is not None:
             group_of[name] = group
+    check_thresholds(thresholds, list(dict.fromkeys(group_of.values())), caller)
     target = check_target(path, caller, force)
     with each_layer(len(entries)) as each:
         write_weights(
@@ -95,7 +99,7 @@ def save_pruned(
             "masks" if masks_only else "compressed",
             each=each,
             group_of=group_of,
-            thresholds=thresholds,
+            thresholds={group: float(value) for group, value in (thresholds or {}).items()},
             hashed=masks_only or hash_weights,
         )
 

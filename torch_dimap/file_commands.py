@@ -15,6 +15,7 @@ wrote; no code in it is run"""
 
 
 def add_prune(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``prune``."""
     _add_files(parser)
     parser.add_argument(
         "--amount",
@@ -37,6 +38,7 @@ examples:
 
 
 def prune(arguments: argparse.Namespace) -> str:
+    """Prune a file, and tell what was written and where the groups were cut."""
     thresholds = prune_checkpoint(
         arguments.source,
         arguments.target,
@@ -50,11 +52,13 @@ def prune(arguments: argparse.Namespace) -> str:
 
 
 def add_expand(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``expand``."""
     _add_files(parser)
     parser.epilog = "example:\n  torch-dimap expand half.safetensors whole.safetensors"
 
 
 def expand(arguments: argparse.Namespace) -> str:
+    """Expand a file, and tell what was written."""
     expand_checkpoint(
         arguments.source,
         arguments.target,
@@ -65,11 +69,13 @@ def expand(arguments: argparse.Namespace) -> str:
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``inspect``."""
     parser.add_argument("source", metavar="FILE", help=SOURCE)
     parser.epilog = "example:\n  torch-dimap inspect half.safetensors"
 
 
 def inspect(arguments: argparse.Namespace) -> str:
+    """Return what a file tells."""
     return inspect_checkpoint(arguments.source)
 
 

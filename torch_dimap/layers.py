@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -96,7 +98,7 @@ def _layer(pair: Pair, names: Mapping[nn.Module, str], where: str) -> Layer:
 
 
 def check_thresholds(thresholds: object, groups: Iterable[str], caller: str) -> None:
-    """Raise unless ``thresholds`` is None or a mapping of some of the groups."""
+    """Raise unless ``thresholds`` is None, or some groups' finite numbers."""
     if thresholds is None:
         return
     if not isinstance(thresholds, Mapping):
@@ -109,3 +111,9 @@ def check_thresholds(thresholds: object, groups: Iterable[str], caller: str) -> 
         raise ValueError(
             f"{caller}: thresholds must be for the groups {list(groups)}, found {unknown[0]!r}."
         )
+    for group, threshold in thresholds.items():
+        if not isinstance(threshold, numbers.Real) or not math.isfinite(threshold):
+            raise ValueError(
+                f"{caller}: thresholds[{group!r}] must be a finite number, as the pruning call "
+                f"returned it, found {threshold!r}."
+            )
