@@ -13,7 +13,7 @@ Parameters and uniform FLOPs do not depend on the weights, masked FLOPs do. The 
 
 import sys
 
-from torch_dimap.__main__ import main
+from torch_dimap.command import main
 
 if __name__ == "__main__":
     sys.exit(main(["table1", *sys.argv[1:]]))

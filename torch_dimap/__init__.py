@@ -6,21 +6,35 @@ look at the result with :func:`summarize`, save it with :func:`save_pruned`, and
 permanent with :func:`remove_all`. :func:`prune_checkpoint` does it to a file alone.
 """
 
-from torch_dimap.budgets import Budget, prune_to_flops, prune_to_parameters
-from torch_dimap.checkpoint import load_pruned, save_pruned
-from torch_dimap.flops import FlopCount, Flops, count_flops
-from torch_dimap.grouping import builtin_rule, group_parameters
-from torch_dimap.hooks import hold_masks
-from torch_dimap.importance import dimap_scores
-from torch_dimap.plots import plot_density, plot_histograms, plot_masks
-from torch_dimap.pruning import (
+from torch_dimap.accounting import (
+    Budget,
+    FlopCount,
+    Flops,
+    Summary,
+    count_flops,
+    plot_density,
+    plot_histograms,
+    plot_masks,
+    prune_to_flops,
+    prune_to_parameters,
+    summarize,
+)
+from torch_dimap.files import (
+    expand_checkpoint,
+    load_pruned,
+    prune_checkpoint,
+    save_pruned,
+)
+from torch_dimap.masking import (
     DimapUnstructured,
+    builtin_rule,
     dimap_unstructured,
     global_module_aware_unstructured,
+    group_parameters,
+    hold_masks,
     remove_all,
 )
-from torch_dimap.streaming import expand_checkpoint, prune_checkpoint
-from torch_dimap.summary import Summary, summarize
+from torch_dimap.selection import dimap_scores
 
 __version__ = "0.1.0"
 

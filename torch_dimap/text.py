@@ -1,10 +1,20 @@
-"""Cells of text as a table for people: aligned, or in Markdown."""
+"""Words and cells that several floors use: names listed in a message, tables for people."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 Cells = Sequence[Sequence[str]]  # the first row is the header
+
+
+def name_some(names: Sequence[str]) -> str:
+    """List at most three names, then a count.
+
+    >>> name_some(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def aligned(cells: Cells, left: int) -> list[str]:

@@ -19,7 +19,7 @@ from torch_dimap import (
     prune_to_parameters,
     summarize,
 )
-from torch_dimap.budgets import _smallest
+from torch_dimap.accounting.budgets import _smallest
 
 
 def costly_first() -> tuple[nn.Sequential, dict[str, list]]:

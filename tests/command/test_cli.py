@@ -12,8 +12,13 @@ import safetensors.torch
 import timm
 import torch
 
-from torch_dimap import global_module_aware_unstructured, group_parameters, remove_all, summarize
-from torch_dimap.__main__ import COMMANDS, main
+from torch_dimap import (
+    global_module_aware_unstructured,
+    group_parameters,
+    remove_all,
+    summarize,
+)
+from torch_dimap.command.parser import COMMANDS, main
 
 NAME = "swin_tiny_patch4_window7_224"
 

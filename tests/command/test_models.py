@@ -5,7 +5,7 @@ from __future__ import annotations
 from backbones import build
 
 from torch_dimap import group_parameters
-from torch_dimap.skeletons import skeleton
+from torch_dimap.files.skeletons import skeleton
 
 
 def test_skeleton_is_grouped_like_a_model_with_multihead_attention():

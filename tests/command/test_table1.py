@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from torch_dimap.table1 import PAPER, table1, table1_cells
+from torch_dimap.command.table1 import PAPER, table1, table1_cells
 
-EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "table1.py"
+EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "table1.py"
 
 # Size, amount -> parameters kept, of all; in per cent, what the paper says went of the
 # parameters and of the FLOPs; dense FLOPs.

@@ -13,7 +13,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SWIN = "swin_tiny_patch4_window7_224"
 
 

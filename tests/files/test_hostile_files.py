@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from torch_dimap import load_pruned, prune_checkpoint, save_pruned
-from torch_dimap.__main__ import main
-from torch_dimap.stored import open_weights
+from torch_dimap.command import main
+from torch_dimap.files.stored import open_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 fuzzing = settings(

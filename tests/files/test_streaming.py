@@ -15,15 +15,14 @@ from conftest import make_swin
 from torch import nn
 
 from torch_dimap import (
-    cuts,
     expand_checkpoint,
     global_module_aware_unstructured,
     group_parameters,
     load_pruned,
     prune_checkpoint,
     remove_all,
-    selection,
 )
+from torch_dimap.selection import cuts, search as selection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torch_dimap
-from torch_dimap.grouping import builtin_rule
+from torch_dimap.masking.grouping import builtin_rule
 
 # timm model -> the layers of each group, written down from the models' sources; a * is a
 # number. The usual names are left out: attn.qkv, attn.proj, mlp.fc1 and mlp.fc2 in...

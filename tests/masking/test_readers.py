@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import torch_dimap
-from torch_dimap import hooks
+from torch_dimap.masking import readers as hooks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -200,7 +200,7 @@ def test_a_failed_call_leaves_no_hook(family, monkeypatch):
         hooks.hold(reader)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("torch_dimap.pruning.hold", fail)
+    monkeypatch.setattr("torch_dimap.masking.pruning.hold", fail)
     with pytest.raises(KeyboardInterrupt):
         torch_dimap.global_module_aware_unstructured(groups, amount=0.5)
     assert pre_hooks(model) == []

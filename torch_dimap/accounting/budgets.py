@@ -9,13 +9,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from torch_dimap.amounts import check_amount, count_to_prune
-from torch_dimap.flops import count_flops, weighted_flops
-from torch_dimap.grouping import Pair
-from torch_dimap.layers import Layer, find_layers
-from torch_dimap.pruning import global_module_aware_unstructured
+from torch_dimap.accounting.flops import count_flops, weighted_flops
+from torch_dimap.accounting.layers import Layer, find_layers
+from torch_dimap.masking import (
+    Pair,
+    Target,
+    check_amount,
+    check_targets,
+    count_to_prune,
+    global_module_aware_unstructured,
+)
 from torch_dimap.selection import select
-from torch_dimap.targets import Target, check_targets
 
 Parameters = Mapping[str, Iterable[Pair]] | Iterable[Pair]
 

@@ -1,7 +1,7 @@
 """Multiply-adds of dense and masked models; the only file that knows fvcore.
 
 fvcore traces one forward and applies a formula to every operator it meets. The
-formulas for products are those of :mod:`torch_dimap.products`, which credit the
+formulas for products are those of :mod:`torch_dimap.accounting.products`, which credit the
 weights rather than the modules that multiply; those for norms and pooling are fvcore's.
 """
 
@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torch_dimap.grouping import Pair
-from torch_dimap.hooks import pruning_methods
-from torch_dimap.layers import Layer, find_layers
-from torch_dimap.products import Handle, product_handles, refuse_unknown
+from torch_dimap.accounting.layers import Layer, find_layers
+from torch_dimap.accounting.products import Handle, product_handles, refuse_unknown
+from torch_dimap.masking import Pair, pruning_methods
 
 
 class Flops(NamedTuple):

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from torch_dimap.grouping import Pair, group_parameters
-from torch_dimap.targets import SINGLE_GROUP
+from torch_dimap.masking import SINGLE_GROUP, Pair, group_parameters
 
 
 class Layer(NamedTuple):

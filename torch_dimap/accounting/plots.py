@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from torch_dimap.grouping import Pair
-from torch_dimap.layers import Layer, check_thresholds, find_layers
+from torch_dimap.accounting.layers import Layer, check_thresholds, find_layers
+from torch_dimap.masking import Pair
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

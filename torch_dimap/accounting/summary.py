@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from torch_dimap.flops import Flops, count_flops
-from torch_dimap.grouping import Pair
-from torch_dimap.layers import Layer, check_thresholds, find_layers
-from torch_dimap.tables import aligned, markdown
+from torch_dimap.accounting.flops import Flops, count_flops
+from torch_dimap.accounting.layers import Layer, check_thresholds, find_layers
+from torch_dimap.masking import Pair
+from torch_dimap.text import aligned, markdown
 
 NOTE = (
     "FLOPs: multiply-adds for inputs of {inputs}. masked: every layer weighted by its own\n"

@@ -6,8 +6,7 @@ import argparse
 import os
 import sys
 
-from torch_dimap.inspecting import inspect_checkpoint
-from torch_dimap.streaming import expand_checkpoint, prune_checkpoint
+from torch_dimap.files import expand_checkpoint, inspect_checkpoint, prune_checkpoint
 
 SOURCE = """\
 a .safetensors file, an index of shards (*.safetensors.index.json), or what torch.save

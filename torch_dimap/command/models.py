@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_dimap.entries import read_values
-from torch_dimap.messages import name_some
-from torch_dimap.stored import open_weights, refuse_masks_alone
+from torch_dimap.files import open_weights, read_values, refuse_masks_alone
+from torch_dimap.text import name_some
 
 
 def build(name: str, pretrained: bool = False, **settings: Any) -> nn.Module:
@@ -51,7 +50,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a checkpoint's weights, with all pruning that it carries baked in.
 
     Args:
-        path: as for :func:`torch_dimap.stored.open_weights`. Nothing in it is executed.
+        path: as for :func:`torch_dimap.files.open_weights`. Nothing in it is executed.
 
     Returns:
         Name -> tensor.

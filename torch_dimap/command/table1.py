@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from torch_dimap.grouping import group_parameters
-from torch_dimap.pruning import global_module_aware_unstructured
-from torch_dimap.sources import build
-from torch_dimap.summary import summarize
+from torch_dimap.accounting import summarize
+from torch_dimap.command.models import build
+from torch_dimap.masking import global_module_aware_unstructured, group_parameters
 
 # Size -> amount -> what the paper prints: parameters kept in millions, and in per cent
 # what went of the parameters and of the FLOPs. The paper calls the amounts DIMAP1 to 3.

@@ -13,20 +13,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_dimap.attaching import all_or_nothing, attach
-from torch_dimap.entries import Entry, entry_of, fill, masked, read_mask, read_values
-from torch_dimap.grouping import builtin_rule
-from torch_dimap.headers import NAMES
-from torch_dimap.hooks import hold_masks, pruned_tensors
-from torch_dimap.layers import check_thresholds
-from torch_dimap.messages import name_some
-from torch_dimap.packing import bits_of
-from torch_dimap.records import Pruned
-from torch_dimap.replacing import check_target
-from torch_dimap.stored import holds_masks_alone, open_weights, refuse_masks_alone
-from torch_dimap.targets import Target
-from torch_dimap.threads import each_layer
-from torch_dimap.writing import write_weights
+from torch_dimap.accounting import check_thresholds
+from torch_dimap.files.entries import (
+    Entry,
+    entry_of,
+    fill,
+    masked,
+    read_mask,
+    read_values,
+)
+from torch_dimap.files.headers import NAMES
+from torch_dimap.files.packing import bits_of
+from torch_dimap.files.records import Pruned
+from torch_dimap.files.replacing import check_target
+from torch_dimap.files.stored import holds_masks_alone, open_weights, refuse_masks_alone
+from torch_dimap.files.writing import write_weights
+from torch_dimap.masking import (
+    Target,
+    all_or_nothing,
+    attach,
+    builtin_rule,
+    hold_masks,
+    pruned_tensors,
+)
+from torch_dimap.selection import each_layer
+from torch_dimap.text import name_some
 
 _Path = str | os.PathLike[str]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from torch_dimap.entries import Entry, count_kept
-from torch_dimap.skeletons import group_names
-from torch_dimap.stored import Weights, open_weights
-from torch_dimap.tables import aligned
+from torch_dimap.files.entries import Entry, count_kept
+from torch_dimap.files.skeletons import group_names
+from torch_dimap.files.stored import Weights, open_weights
+from torch_dimap.text import aligned
 
 _CONTENTS = {
     "compressed": "masks and the values that they keep",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_dimap.headers import NAMES
+from torch_dimap.files.headers import NAMES
 
 # Where training scripts put the state dict in a checkpoint; averaged weights first, as timm.
 _HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from torch_dimap.entries import Entry
-from torch_dimap.grouping import Rule, group_parameters
+from torch_dimap.files.entries import Entry
+from torch_dimap.masking import Rule, group_parameters
 
 
 def group_names(entries: Mapping[str, Entry], rule: Rule | None = None) -> dict[str, list[str]]:

@@ -21,14 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_dimap.entries import Entry, entry_of, join_masks
-from torch_dimap.headers import MAX_HEADER, Kind, Stored, parse_json, read_header
-from torch_dimap.messages import name_some
-from torch_dimap.packing import packed_size, places_of, scatter, tensor_of, unpack_mask
-from torch_dimap.pickles import mapped_ranges, place_in_file, read_pickle
-from torch_dimap.reading import CPU_BLOCK
-from torch_dimap.records import Record, kept_name, mask_name, read_record
-from torch_dimap.threads import each_layer
+from torch_dimap.files.entries import Entry, entry_of, join_masks
+from torch_dimap.files.headers import MAX_HEADER, Kind, Stored, parse_json, read_header
+from torch_dimap.files.packing import (
+    packed_size,
+    places_of,
+    scatter,
+    tensor_of,
+    unpack_mask,
+)
+from torch_dimap.files.pickles import mapped_ranges, place_in_file, read_pickle
+from torch_dimap.files.records import Record, kept_name, mask_name, read_record
+from torch_dimap.selection import CPU_BLOCK, each_layer
+from torch_dimap.text import name_some
 
 BLOCK = 1 << 14  # entries read from a file at a time: few, since memory is what counts there
 INDEX = ".index.json"  # what the name of a list of shards ends in

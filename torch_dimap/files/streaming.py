@@ -10,20 +10,22 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from torch_dimap.amounts import amounts_by_group, count_to_prune
-from torch_dimap.cuts import Cut
-from torch_dimap.entries import Entry
-from torch_dimap.grouping import Rule
-from torch_dimap.importance import check_finite
-from torch_dimap.pruning import warn_of_empty
-from torch_dimap.reading import FlatLayer, read_layer
-from torch_dimap.records import Record
-from torch_dimap.replacing import check_target
-from torch_dimap.selection import find_cuts
-from torch_dimap.skeletons import group_names
-from torch_dimap.stored import open_weights, refuse_masks_alone
-from torch_dimap.threads import each_layer, thrifty
-from torch_dimap.writing import write_weights
+from torch_dimap.files.entries import Entry
+from torch_dimap.files.records import Record
+from torch_dimap.files.replacing import check_target
+from torch_dimap.files.skeletons import group_names
+from torch_dimap.files.stored import open_weights, refuse_masks_alone
+from torch_dimap.files.writing import write_weights
+from torch_dimap.masking import Rule, amounts_by_group, count_to_prune, warn_of_empty
+from torch_dimap.selection import (
+    Cut,
+    FlatLayer,
+    check_finite,
+    each_layer,
+    find_cuts,
+    read_layer,
+    thrifty,
+)
 
 CANDIDATES = 1 << 16  # entries around the cuts of a group, each of about 20 bytes
 _Path = str | os.PathLike[str]

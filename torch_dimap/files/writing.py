@@ -14,12 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_dimap.cuts import Cut, apply_cut
-from torch_dimap.entries import Entry, count_kept
-from torch_dimap.headers import Kind, lay_out
-from torch_dimap.packing import bits_of, gather, pack_mask, packed_size, zeroed
-from torch_dimap.records import KEY, Group, Pruned, Record, kept_name, mask_name, write_record
-from torch_dimap.replacing import replacing
+from torch_dimap.files.entries import Entry, count_kept
+from torch_dimap.files.headers import Kind, lay_out
+from torch_dimap.files.packing import bits_of, gather, pack_mask, packed_size, zeroed
+from torch_dimap.files.records import (
+    KEY,
+    Group,
+    Pruned,
+    Record,
+    kept_name,
+    mask_name,
+    write_record,
+)
+from torch_dimap.files.replacing import replacing
+from torch_dimap.selection import Cut, apply_cut
 
 
 def write_weights(
@@ -40,8 +48,8 @@ def write_weights(
     Args:
         path: the target, as ``check_target`` returned it.
         entries: what to write, by name.
-        content: of the file, see :class:`torch_dimap.records.Record`.
-        each: a ``map``, see :func:`torch_dimap.threads.each_layer`.
+        content: of the file, see :class:`torch_dimap.files.records.Record`.
+        each: a ``map``, see :func:`torch_dimap.selection.each_layer`.
         cuts: what to prune of entries. The others' own masks hold.
         group_of: name of a pruned tensor -> its group.
         thresholds: group -> the highest score that went.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_dimap.targets import Target
+from torch_dimap.masking.targets import Target
 
 
 def attach(target: Target, method: prune.BasePruningMethod, mask: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from torch_dimap.hooks import note_readers, survey
+from torch_dimap.masking.readers import note_readers, survey
 
 Pair = tuple[nn.Module, str]
 Rule = Callable[[str, nn.Module, str], "str | None"]

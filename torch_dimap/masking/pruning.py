@@ -11,14 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_dimap.amounts import amounts_by_group, check_amount, count_to_prune
-from torch_dimap.attaching import all_or_nothing, attach
-from torch_dimap.grouping import Pair
-from torch_dimap.hooks import hold, known_readers, pruned_tensors, pruning_methods, release
-from torch_dimap.importance import check_finite
-from torch_dimap.messages import name_some
-from torch_dimap.selection import select
-from torch_dimap.targets import CALL, Target, check_targets
+from torch_dimap.masking.amounts import amounts_by_group, check_amount, count_to_prune
+from torch_dimap.masking.attaching import all_or_nothing, attach
+from torch_dimap.masking.grouping import Pair
+from torch_dimap.masking.readers import (
+    hold,
+    known_readers,
+    pruned_tensors,
+    pruning_methods,
+    release,
+)
+from torch_dimap.masking.targets import CALL, Target, check_targets
+from torch_dimap.selection import check_finite, select
+from torch_dimap.text import name_some
 
 
 class DimapUnstructured(prune.BasePruningMethod):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from torch_dimap.grouping import Pair
-from torch_dimap.hooks import pruning_methods
-from torch_dimap.importance import check_finite
+from torch_dimap.masking.grouping import Pair
+from torch_dimap.masking.readers import pruning_methods
+from torch_dimap.selection import check_finite
 
 CALL = "global_module_aware_unstructured()"
 SINGLE_GROUP = "all"  # what a flat iterable of pairs is called

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from torch_dimap.reading import (
+from torch_dimap.selection.reading import (
     FlatLayer,
     count_true,
     energy_above,

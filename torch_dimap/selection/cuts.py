@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_dimap.reading import Blocks, block_size, magnitude_of
+from torch_dimap.selection.reading import Blocks, block_size, magnitude_of
 
 
 class Cut(NamedTuple):

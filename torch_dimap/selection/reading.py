@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_dimap.importance import unit_scale
+from torch_dimap.selection.importance import unit_scale
 
 CPU_BLOCK = 1 << 17  # entries: magnitude, float64 copy and flags stay in cache
 DEVICE_BLOCK = 1 << 20  # enough to fill a GPU; larger blocks only widen the error bound

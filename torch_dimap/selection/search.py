@@ -12,7 +12,7 @@ a few times, in blocks that stay in cache:
 
 The candidates of all layers are scored and the lowest of them chosen. A sample can
 mislead: every layer must end with its cut strictly inside its bracket, or the bracket
-is widened (:mod:`torch_dimap.brackets`) and the step repeated. Scores that float64
+is widened (:mod:`torch_dimap.selection.brackets`) and the step repeated. Scores that float64
 cannot tell apart are compared in exact integer arithmetic. The result is therefore
 that of exact arithmetic, whatever the block size, the number of threads or the device.
 
@@ -36,10 +36,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_dimap import brackets
-from torch_dimap.brackets import bracket, expected, guess_threshold, narrow, take_sample
-from torch_dimap.cuts import Cut, mask_of
-from torch_dimap.reading import (
+from torch_dimap.selection import brackets
+from torch_dimap.selection.brackets import (
+    bracket,
+    expected,
+    guess_threshold,
+    narrow,
+    take_sample,
+)
+from torch_dimap.selection.cuts import Cut, mask_of
+from torch_dimap.selection.reading import (
     FlatLayer,
     block_size,
     blocks_of,
@@ -51,7 +57,7 @@ from torch_dimap.reading import (
     sort,
     total,
 )
-from torch_dimap.threads import each_layer
+from torch_dimap.selection.threads import each_layer
 
 
 ROW = 1024  # candidates that are added up one after the other

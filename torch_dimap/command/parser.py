@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_dimap import __version__, file_commands
-from torch_dimap.skeletons import skeleton
-from torch_dimap.sources import build, load_weights, read_weights
-from torch_dimap.summary import Summary, summarize
-from torch_dimap.table1 import PAPER, table1, table1_cells
-from torch_dimap.tables import aligned, markdown
+from torch_dimap import __version__
+from torch_dimap.accounting import Summary, summarize
+from torch_dimap.command import files as file_commands
+from torch_dimap.command.models import build, load_weights, read_weights
+from torch_dimap.command.table1 import PAPER, table1, table1_cells
+from torch_dimap.files import skeleton
+from torch_dimap.text import aligned, markdown
 
 
 class Command(NamedTuple):
@@ -192,7 +193,3 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:  # without its number
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(text.split()) or type(error).__name__
-
-
-if __name__ == "__main__":
-    sys.exit(main())

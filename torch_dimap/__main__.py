@@ -1,0 +1,5 @@
+import sys
+
+from torch_dimap.command import main
+
+sys.exit(main())

@@ -1,0 +1,22 @@
+"""What is left, what does it cost, how does it look?"""
+
+from torch_dimap.accounting.budgets import Budget, prune_to_flops, prune_to_parameters
+from torch_dimap.accounting.flops import FlopCount, Flops, count_flops
+from torch_dimap.accounting.layers import check_thresholds
+from torch_dimap.accounting.plots import plot_density, plot_histograms, plot_masks
+from torch_dimap.accounting.summary import Summary, summarize
+
+__all__ = [
+    "Budget",
+    "FlopCount",
+    "Flops",
+    "Summary",
+    "check_thresholds",
+    "count_flops",
+    "plot_density",
+    "plot_histograms",
+    "plot_masks",
+    "prune_to_flops",
+    "prune_to_parameters",
+    "summarize",
+]

@@ -1,0 +1,7 @@
+"""The command line, ``torch-dimap``."""
+
+from torch_dimap.command.parser import main
+
+__all__ = [
+    "main",
+]

@@ -1,0 +1,20 @@
+"""How does a pruned model get to disk and back?"""
+
+from torch_dimap.files.checkpoint import load_pruned, save_pruned
+from torch_dimap.files.entries import read_values
+from torch_dimap.files.inspecting import inspect_checkpoint
+from torch_dimap.files.skeletons import skeleton
+from torch_dimap.files.stored import open_weights, refuse_masks_alone
+from torch_dimap.files.streaming import expand_checkpoint, prune_checkpoint
+
+__all__ = [
+    "expand_checkpoint",
+    "inspect_checkpoint",
+    "load_pruned",
+    "open_weights",
+    "prune_checkpoint",
+    "read_values",
+    "refuse_masks_alone",
+    "save_pruned",
+    "skeleton",
+]
