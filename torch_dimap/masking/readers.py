@@ -6,9 +6,8 @@ call some of their layers: the hook does not run, the layer keeps old weights an
 gradient. So the layer's *reader*, the module whose ``forward`` uses it, gets a pre-hook
 too, :func:`refresh`, which runs the hooks of the pruned layers directly inside it.
 
-A reader's need is read off the source code of its class: where a layer occurs only as
-``self.layer(...)`` it is called, and nothing is done. Everything else counts as a read;
-a hook too many costs one more multiplication by the mask.
+Where the source code of a reader's class proves that it only calls a layer, nothing is
+done: see :mod:`torch_dimap.masking.source_code`. All else counts as a read.
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import linecache
 import re
+import tokenize
 import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Union
@@ -243,11 +245,11 @@ def _definition(code: types.CodeType) -> Definition | None:
     The code is asked, since a decorated function gives the source of what it replaces.
     """
     try:
-        source = inspect.getsource(code)
-        tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
-    except (OSError, TypeError, SyntaxError):
+        lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]
+        source = "".join(inspect.getblock(lines))
+        [node] = ast.parse(f"if True:\n{source}" if source[0].isspace() else source).body
+    except (OSError, SyntaxError, ValueError, IndexError, tokenize.TokenError):
         return None
-    [node] = tree.body
     [node] = node.body if isinstance(node, ast.If) else [node]
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return None  # the line of a lambda
