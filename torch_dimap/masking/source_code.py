@@ -6,7 +6,8 @@ first parameter of every method, whatever its name, may occur only as the value 
 attribute: an alias, an argument or a returned ``self`` may be read out of sight. What
 nn.Module offers, such as ``_modules``, leads to all layers, but for the names listed here.
 
-Whatever is not understood proves nothing. A layer that is held up to date without need
+A bound method that is passed on, as to a checkpoint, is taken for called there. Whatever
+is not understood proves nothing. A layer that is held up to date without need
 costs a multiplication by its mask; one wrongly left alone computes with old weights.
 """
 
@@ -20,12 +21,12 @@ import re
 import tokenize
 import types
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-Definition = Union[ast.FunctionDef, ast.AsyncFunctionDef]
+Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 # What every module has by being one, less what leads neither to its layers nor to itself.
 _LEAD_TO_LAYERS = frozenset(dir(nn.Module())) - {
@@ -219,8 +220,9 @@ def _harmless(definition: Definition, first: str | None) -> set[ast.AST]:
     for call in (node for node in nodes if isinstance(node, ast.Call)):
         name = ast.unparse(call.func)
         if call in dropped and name.startswith(_INITIALISERS):
-            weight = [node for argument in call.args[:1] for node in ast.walk(argument)]
-            found |= set() if any(isinstance(node, ast.Call) for node in weight) else set(weight)
+            weight = {node for argument in call.args[:1] for node in ast.walk(argument)}
+            is_plain = all(isinstance(n, (ast.Attribute, ast.Name, ast.Load)) for n in weight)
+            found |= weight if is_plain else set()
         elif call in dropped and in_init and name in _LOGGERS:
             found |= set(call.args)
         elif call in dropped and in_init and name == f"{first}.apply":
