@@ -6,17 +6,12 @@ call some of their layers: the hook does not run, the layer keeps old weights an
 gradient. So the layer's *reader*, the module whose ``forward`` uses it, gets a pre-hook
 too, :func:`refresh`, which runs the hooks of the pruned layers directly inside it.
 
-A reader's need is read off the source code of its class: where a layer occurs only as
-``self.layer(...)`` it is called, and nothing is done. Everything else counts as a read;
-a hook too many costs one more multiplication by the mask.
+Where the source code of a reader's class proves that it only calls a layer, nothing is
+done: see :mod:`torch_dimap.masking.source_code`. All else counts as a read.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
-import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
@@ -24,6 +19,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 from torch.nn.utils import prune
+
+from torch_dimap.masking.source_code import only_calls, runs_in_sequence
 
 
 class Reader(NamedTuple):
@@ -110,21 +107,27 @@ def hold_masks(model: nn.Module) -> nn.Module:
 def survey(model: nn.Module) -> dict[nn.Module, Place]:
     """Walk a model once; say for every module its name and who may read its weights."""
     places: dict[nn.Module, Place] = {}
-    enclosing: dict[str, tuple[str, nn.Module] | None] = {"": None}
+    enclosing: dict[str, list[tuple[str, nn.Module]]] = {"": []}
     for name, module in model.named_modules(remove_duplicate=False):
         place = places.setdefault(module, Place(name, []))
-        reader = enclosing[name.rpartition(".")[0]]
-        if reader is not None:
-            below = name.removeprefix(reader[0]).removeprefix(".")
-            place.readers.append(Reader(reader[1], below.partition(".")[0]))
-        enclosing[name] = (name, module) if _has_forward(module) else reader
+        parent = name.rpartition(".")[0]
+        around = enclosing[parent]
+        for outer, reader in around:
+            below = name.removeprefix(outer).removeprefix(".")
+            place.readers.append(Reader(reader, below.partition(".")[0]))
+        if not _has_forward(module):
+            enclosing[name] = around
+        elif runs_in_sequence(module) and around and around[-1][0] == parent:
+            enclosing[name] = [*around, (name, module)]  # ``self.mlp[0].weight`` goes inside
+        else:
+            enclosing[name] = [(name, module)]
     return places
 
 
 def note_readers(layer: nn.Module, readers: Iterable[Reader]) -> None:
     """Remember which of its readers may use a layer without calling it."""
     for reader in readers:
-        if not _only_calls(reader):
+        if not only_calls(reader.module, reader.attribute):
             _READERS.setdefault(layer, WeakSet()).add(reader.module)
 
 
@@ -165,7 +168,7 @@ def _pruned_inside(module: nn.Module) -> Iterator[tuple[nn.Module, prune.BasePru
     for child in module.children():
         for method in pruning_methods(child):
             yield child, method
-        if not _has_forward(child):  # a mere container, such as ModuleList
+        if not _has_forward(child) or runs_in_sequence(child):  # a container
             yield from _pruned_inside(child)
 
 
@@ -173,58 +176,3 @@ def _has_forward(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):  # whose class cannot be asked
         return True
     return type(module).forward is not nn.Module.forward
-
-
-def _only_calls(reader: Reader) -> bool:
-    """Say whether the source code proves that a reader does nothing but call a layer."""
-    if "forward" in vars(reader.module):  # patched on the instance
-        return False
-    kind: Any = type(reader.module)
-    if kind.forward is nn.Sequential.forward:
-        return True
-    bases = tuple(base for base in kind.__mro__ if base not in (nn.Module, object))
-    # The functions belong to the question: a class may be patched between two of them.
-    functions = (f for base in bases for f in vars(base).values() if inspect.isfunction(f))
-    return reader.attribute in _only_called(kind, bases, tuple(functions))
-
-
-@functools.cache
-def _only_called(kind: Any, bases: tuple[type, ...], functions: tuple[Any, ...]) -> set[str]:
-    """Return the names that occur in a class's code as ``x.name(...)`` and not otherwise."""
-    members = {name: inspect.getattr_static(kind, name) for name in dir(kind)}
-    methods = [
-        member
-        for name, member in members.items()
-        if inspect.isfunction(member) and member is not vars(nn.Module).get(name)
-    ]
-    called: set[str] = set()
-    read: set[str] = set()
-    try:
-        for method in methods:  # those in use: overridden ones prove nothing
-            called |= _attributes(method)[0]
-        for source in [*bases, *methods]:  # which may be others, put there from outside
-            read |= _attributes(source)[1]
-        if any(_hands_itself_on(method) for method in methods):
-            return set()  # to code that may read anything
-    except (OSError, TypeError, SyntaxError):  # no source
-        return set()
-    return called - read
-
-
-def _attributes(source: Any) -> tuple[set[str], set[str]]:
-    """Return the attributes that a class or function calls, and those it only reads."""
-    code = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(source)))))
-    functions = {node.func for node in code if isinstance(node, ast.Call)}
-    loads = [n for n in code if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
-    called = {node.attr for node in loads if node in functions}
-    return called, {node.attr for node in loads if node not in functions}
-
-
-def _hands_itself_on(method: Any) -> bool:
-    """Say whether a method, but for those that make weights, passes ``self`` to a function."""
-    if method.__name__.strip("_").startswith("init"):
-        return False
-    code = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(method))))
-    calls = [n for n in code if isinstance(n, ast.Call) and ast.unparse(n.func) != "super"]
-    passed = [x for n in calls for x in (*n.args, *(k.value for k in n.keywords))]
-    return any(isinstance(x, ast.Name) and x.id == "self" for x in passed)
