@@ -77,20 +77,26 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
     That is their attributes, and what these hold in dicts and lists: parameters, buffers,
     hooks, and the list in which torch's recurrent layers keep their weights once more.
     """
-    dicts, lists = [], []
+    dicts, lists, empty = [], [], []
     for module in dict.fromkeys(modules):
         for attribute in (vars(module), *vars(module).values()):
-            if type(attribute) in (dict, OrderedDict):
-                dicts.append((attribute, dict(attribute)))
+            if type(attribute) not in (dict, OrderedDict, list):
+                continue
+            if not attribute:  # as most are: a copy of each would take long in large models
+                empty.append(attribute)
             elif type(attribute) is list:
-                lists.append((attribute, list(attribute)))
+                lists.append((attribute, attribute.copy()))
+            else:
+                dicts.append((attribute, dict(attribute)))
 
-    def put_back() -> None:
-        for table, entries in dicts:  # in place: hook handles refer to these very dicts
+    def put_back() -> None:  # in place: hook handles refer to these very dicts
+        for table, entries in dicts:
             table.clear()
             table.update(entries)
         for items, before in lists:
             items[:] = before
+        for container in empty:
+            container.clear()
 
     return put_back
 

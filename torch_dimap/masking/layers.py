@@ -59,7 +59,9 @@ def pruned_tensors(model: nn.Module, caller: str) -> Iterator[Layer]:
 
     Raises:
         RuntimeError: if one has a pruning hook, but no mask or no original.
+        ValueError: if one is sharded.
     """
+    sharded = any(map(_shards, model.modules()))
     for place, module in model.named_modules(remove_duplicate=False):
         for name in (method._tensor_name for method in pruning_methods(module)):
             label = f"{place}.{name}".removeprefix(".")
@@ -68,7 +70,24 @@ def pruned_tensors(model: nn.Module, caller: str) -> Iterator[Layer]:
                     f"{caller}: {label} must have a parameter {name}_orig and a buffer "
                     f"{name}_mask, found not both: build the model again and load its weights."
                 )
-            yield Layer(label, module, name)
+            layer = Layer(label, module, name)
+            refuse_sharded(layer, caller, sharded)
+            yield layer
+
+
+def refuse_sharded(layer: Layer, caller: str, sharded: bool = False) -> None:
+    """Raise if this process holds only a part of a layer, as FSDP leaves it."""
+    if sharded or _shards(layer.module) or type(layer.parameter).__name__ == "DTensor":
+        raise ValueError(
+            f"{caller}: {layer.label} is sharded (a DTensor): prune before fully_shard, which "
+            "keeps the masks. After a sharded training, load its gathered state dict "
+            "(get_model_state_dict with full_state_dict=True) into an unsharded, masked model."
+        )
+
+
+def _shards(module: nn.Module) -> bool:
+    """Tell a module that went through fully_shard, which may hold whole weights for a while."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)  # slow to import
 
 
 def computed_by(module: nn.Module, name: str) -> tuple[str, str] | None:

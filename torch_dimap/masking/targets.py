@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from torch_dimap.masking.grouping import group_parameters
-from torch_dimap.masking.layers import Layer, Pair, computed_by, pruning_methods
+from torch_dimap.masking.layers import (
+    Layer,
+    Pair,
+    computed_by,
+    pruning_methods,
+    refuse_sharded,
+)
 from torch_dimap.masking.readers import Place, note_readers, survey
 from torch_dimap.selection import check_finite
 from torch_dimap.text import name_some
@@ -112,6 +118,7 @@ def check_layer(layer: Layer, caller: str) -> None:
             f"{name}_orig, one buffer {name}_mask and one pruning hook, found {hooks} "
             "hooks: build the model again and load its weights."
         )
+    refuse_sharded(layer, caller)
     _check_kind(layer.parameter, f"{caller}: {label}")
 
 
@@ -138,16 +145,10 @@ def _check_unpruned(layer: Layer, caller: str) -> None:
 
 def _check_kind(parameter: nn.Parameter, what: str) -> None:
     """Refuse tensors that are more than a block of numbers, which a mask would not fit."""
-    kind = type(parameter).__name__
-    if kind == "DTensor":
-        raise ValueError(
-            f"{what} is sharded (a DTensor), of which this process holds a part only: "
-            "do it before fully_shard, which keeps the masks."
-        )
     if hasattr(parameter, "__tensor_flatten__"):  # torch's sign of tensors made of others
         raise ValueError(
-            f"{what} is not stored as plain numbers, found {kind}: prune the model and bake it "
-            "with remove_all before it is quantized or otherwise converted."
+            f"{what} must be stored as plain numbers, found {type(parameter).__name__}: prune the "
+            "model and bake it with remove_all before it is quantized or otherwise converted."
         )
     if parameter.layout != torch.strided:
         raise ValueError(
