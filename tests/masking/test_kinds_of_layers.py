@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 import torch
+from backbones import build
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import torch_dimap
 from torch_dimap import (
-    count_flops,
     dimap_unstructured,
     global_module_aware_unstructured,
     group_parameters,
@@ -281,7 +281,7 @@ def test_masks_made_in_inference_mode_can_be_changed_and_trained(layout):
     model(torch.randn(1, 4, 6, 6)).sum().backward()
 
 
-# --- what masks are lost on, so that models are baked first -----------------------------
+# --- tools that know nothing of masks: what docs/backbones.md says of each ---------------
 
 
 def test_parametrizations_and_masks_exclude_each_other():
@@ -291,12 +291,69 @@ def test_parametrizations_and_masks_exclude_each_other():
         parametrize.register_parametrization(layer, "weight", nn.Identity())
 
 
+@pytest.mark.parametrize("bake", [False, True])
+def test_merging_lora_works_into_baked_layers_only(swin, images, bake):
+    peft = pytest.importorskip("peft")
+    global_module_aware_unstructured(group_parameters(swin), amount=0.5)
+    if bake:
+        remove_all(swin)
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    model = peft.get_peft_model(swin, config).eval()
+    before = model(images)
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(images), before, atol=1e-5) is bake
+
+
 def test_fusing_a_masked_convolution_fails_and_a_baked_one_works():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     nn.init.uniform_(model[1].running_mean)
     dimap_unstructured(model[0], "weight", amount=0.5)
     x = torch.randn(1, 3, 2, 2)
     expected = model(x)
+    with pytest.raises(TypeError, match="as parameter 'weight'"), torch.no_grad():
+        model(x)
+        nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1])(x)
     fused = nn.utils.fusion.fuse_conv_bn_eval(remove_all(model)[0], model[1])
     torch.testing.assert_close(fused(x), expected)
-    assert count_flops(fused, x, [(fused, "weight")]).masked == 24
+
+
+def to_int8(model):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    return model
+
+
+def dynamically(model):
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize("quantize", [to_int8, dynamically])
+def test_quantizing_fails_on_masked_layers_and_works_on_baked_ones(quantize):
+    torch.manual_seed(0)
+    masked, baked = nn.Sequential(nn.Linear(64, 64)), nn.Sequential(nn.Linear(64, 64))
+    for model in (masked, baked):
+        dimap_unstructured(model[0], "weight", amount=0.5)
+    x = torch.randn(2, 64)
+    expected = remove_all(baked)(x)
+    torch.testing.assert_close(quantize(baked)(x), expected, atol=0.1, rtol=0.1)
+    with pytest.raises((TypeError, AttributeError)):
+        quantize(masked)(x)
+
+
+def test_from_pretrained_fills_masked_layers_anew_and_loads_baked_ones(tmp_path):
+    pytest.importorskip("transformers")
+    model = build("transformers ViTModel")
+    groups = group_parameters(model)
+    global_module_aware_unstructured(groups, amount=0.5)
+    model.save_pretrained(tmp_path / "masked")
+    remove_all(model).save_pretrained(tmp_path / "baked")
+    wrong, right = (type(model).from_pretrained(tmp_path / x) for x in ("masked", "baked"))
+    for layers in (wrong, right):
+        same = [
+            torch.equal(module.weight, twin.weight)
+            for group, pairs in group_parameters(layers).items()
+            for (module, _), (twin, _) in zip(pairs, groups[group], strict=True)
+        ]
+        assert all(same) if layers is right else not any(same)

@@ -4,8 +4,8 @@ from torch_dimap.masking.amounts import amounts_by_group, check_amount, count_to
 from torch_dimap.masking.attaching import all_or_nothing, attach, snapshot
 from torch_dimap.masking.grouping import Rule, builtin_rule, group_parameters
 from torch_dimap.masking.layers import Layer, Pair, pruned_tensors, pruning_methods
+from torch_dimap.masking.method import DimapUnstructured
 from torch_dimap.masking.pruning import (
-    DimapUnstructured,
     dimap_unstructured,
     global_module_aware_unstructured,
     prune_layers,
