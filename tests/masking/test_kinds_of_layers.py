@@ -180,6 +180,7 @@ UNFIT = [
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
 @pytest.mark.parametrize(("make", "message"), UNFIT)
 def test_layers_that_take_no_mask_are_refused_for_what_they_are(make, message):
     model = nn.Sequential(make())

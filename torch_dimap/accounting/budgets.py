@@ -18,7 +18,7 @@ from torch_dimap.masking import (
     check_amount,
     check_values,
     count_to_prune,
-    find_layers,
+    find_layers_in,
     prune_layers,
 )
 from torch_dimap.selection import select
@@ -85,7 +85,7 @@ def prune_to_flops(
         ({'all': 0.75}, 75, 75)
     """
     caller = "prune_to_flops()"
-    layers = find_layers(parameters, caller, model)
+    layers = find_layers_in(model, parameters, caller)
     pairs = {group: [(x.module, x.name) for x in members] for group, members in layers.items()}
     flops = count_flops(model, inputs, pairs)
     costs = {label: layer.dense for label, layer in flops.layers.items()}
@@ -126,7 +126,7 @@ def prune_to_parameters(
         200
     """
     caller = "prune_to_parameters()"
-    layers = find_layers(parameters, caller, model)
+    layers = find_layers_in(model, parameters, caller)
     whole = sum(parameter.numel() for parameter in model.parameters())
     costs = {x.label: x.parameter.numel() for group in layers.values() for x in group}
     plan = _Plan(caller, "parameters", whole, costs, layers, importance_scores)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_dimap.accounting.products import Handle, product_handles, refuse_unknown
-from torch_dimap.masking import Layer, Pair, find_layers, pruning_methods, snapshot
+from torch_dimap.masking import Layer, Pair, find_layers_in, pruning_methods, snapshot
 
 
 class Flops(NamedTuple):
@@ -92,7 +92,7 @@ def count_flops(
         >>> count.dense, count.masked, count.groups["first"].masked
         (40, 24, 16)
     """
-    groups = find_layers(parameters, "count_flops()", model)
+    groups = find_layers_in(model, parameters, "count_flops()")
     if not isinstance(inputs, (Tensor, tuple)):
         raise TypeError(
             "count_flops(): inputs must be a tensor or a tuple to call the model with, "

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from torch_dimap.accounting.thresholds import check_thresholds
-from torch_dimap.masking import Layer, Parameters, find_layers
+from torch_dimap.masking import Layer, Parameters, find_layers_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -214,7 +214,7 @@ def _in_order(
     model: nn.Module, parameters: Parameters | None, caller: str
 ) -> list[tuple[str, Layer, Any]]:
     """Return group, layer and colour of all layers, in the order of the model."""
-    groups = find_layers(parameters, caller, model)
+    groups = find_layers_in(model, parameters, caller)
     place = {module: i for i, module in enumerate(model.modules())}
     colours = dict(zip(groups, _colours(len(groups))))
     listed = [(group, layer, colours[group]) for group in groups for layer in groups[group]]

@@ -75,8 +75,8 @@ def save_pruned(
     Raises:
         TypeError: if ``model`` is no module, or ``thresholds`` no mapping.
         ValueError: if nothing in it is pruned, if a pruned weight is tied to one that is
-            not, if its state dict holds what is no plain tensor, or for thresholds of
-            other groups or that are no finite numbers.
+            not or is sharded, if its state dict holds what is no plain tensor, or for
+            thresholds of other groups or that are no finite numbers.
         RuntimeError: if an earlier pruning of a tensor is incomplete.
         OSError: if the file exists without ``force``, or the disk refuses.
 

@@ -53,11 +53,12 @@ def group_parameters(model: nn.Module, rule: Rule | None = None) -> dict[str, li
     """Group a model's prunable weights into the paper's modules.
 
     Knows the names that the vision transformers of timm, torchvision and Hugging Face
-    transformers give to their layers, also inside other models: ``docs/coverage.md``
-    lists the families, ``docs/backbones.md`` says what goes where and why. Takes weights
-    of ``nn.Linear``, 1x1 ``nn.Conv2d`` and ``nn.MultiheadAttention``, never biases; of a
-    pruned model the same as of the dense one. Warns if it knows less than half of the
-    weights in the model's blocks.
+    transformers give to their layers, also inside other models and known wrappers such as
+    peft's LoRA: ``docs/coverage.md`` lists the families, ``docs/backbones.md`` says what
+    goes where and why. Takes weights of ``nn.Linear``, 1x1 ``nn.Conv2d`` and
+    ``nn.MultiheadAttention``, never biases; of a pruned model the same as of the dense one.
+    Warns if it knows less than half of the weights in the model's blocks, and of weights
+    that it would know but for a wrapper or a parametrization.
 
     Args:
         model: the model; it is only read.
@@ -139,7 +140,7 @@ def _hidden_weights(qualified_name: str, module: nn.Module) -> dict[str, str]:
     """Return weights that something keeps out of a group -> the layer that it keeps them from."""
     found = {
         f"{qualified_name}.{name}": qualified_name
-        for name in ("weight", *_IN_PROJECTIONS)
+        for name in (_IN_PROJECTIONS if isinstance(module, nn.MultiheadAttention) else ("weight",))
         if computed_by(module, name) and builtin_rule(qualified_name, module, name)
     }
     around = qualified_name.rpartition(".")[0]
@@ -149,9 +150,7 @@ def _hidden_weights(qualified_name: str, module: nn.Module) -> dict[str, str]:
     return found
 
 
-def _warn_of_hidden(
-    hidden: dict[str, str], places: dict[Tensor, tuple[str, str | None]]
-) -> None:
+def _warn_of_hidden(hidden: dict[str, str], places: dict[Tensor, tuple[str, str | None]]) -> None:
     """Warn of weights in wrappers, but for those that stand beside a layer's own, as LoRA's do."""
     grouped = [place.rpartition(".")[0] for place, group in places.values() if group]
     inside = {layer.rpartition(".")[0] for layer in grouped}

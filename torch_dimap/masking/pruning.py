@@ -101,7 +101,8 @@ def global_module_aware_unstructured(
             tensor of a dtype that cannot be ranked.
         ValueError: for an amount out of range, unknown groups, groups without
             weights, a tensor given twice (also under two names), names that are no
-            parameters, weights or scores on the meta device or with NaN or infinity,
+            parameters, weights that are sharded, sparse, quantized or computed from
+            others, weights or scores on the meta device or with NaN or infinity,
             scores of another shape, missing, or for pairs that are not listed.
         RuntimeError: if an earlier pruning of a tensor is incomplete.
 
@@ -166,6 +167,7 @@ def remove_all(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: if ``model`` is no module.
+        ValueError: if a pruned tensor is sharded.
         RuntimeError: if a tensor has a pruning hook, but no mask or no original.
     """
     if not isinstance(model, nn.Module):

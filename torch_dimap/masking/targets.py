@@ -25,25 +25,31 @@ Parameters = Mapping[str, Iterable[Pair]] | Iterable[Pair]
 Scores = Mapping[Pair, Tensor]
 
 
+def find_layers_in(
+    model: nn.Module, parameters: Parameters | None, caller: str
+) -> dict[str, list[Layer]]:
+    """Resolve pairs of a model, by default all of its groups; note who reads their weights."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be an nn.Module, found {type(model).__name__}.")
+    places = survey(model)
+    if parameters is None:
+        parameters = group_parameters(model)
+    groups = find_layers(parameters, caller, places)
+    for layer in (layer for layers in groups.values() for layer in layers):
+        note_readers(layer.module, places[layer.module].readers)
+    return groups
+
+
 def find_layers(
-    parameters: Parameters | None, caller: str, model: nn.Module | None = None
+    parameters: Parameters, caller: str, places: Mapping[nn.Module, Place] | None = None
 ) -> dict[str, list[Layer]]:
     """Resolve the pairs that a call was given, by group.
 
     Args:
-        parameters: as :func:`torch_dimap.global_module_aware_unstructured` takes it; with
-            a model, None stands for all of its groups.
+        parameters: as :func:`torch_dimap.global_module_aware_unstructured` takes it.
         caller: the function that was called, for messages.
-        model: what the pairs must be part of, if given. They then go by their names in
-            it, and its readers of layers that it does not call are noted.
+        places: the modules of the model, where that is known; others are refused.
     """
-    places: dict[nn.Module, Place] | None = None
-    if model is not None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{caller}: model must be an nn.Module, found {type(model).__name__}.")
-        if parameters is None:
-            parameters = group_parameters(model)
-        places = survey(model)
     if isinstance(parameters, nn.Module) or not isinstance(parameters, Iterable):
         raise TypeError(
             f"{caller}: parameters must be a mapping group -> (module, name) pairs, or an iterable "
@@ -89,8 +95,6 @@ def _find_layer(
             "group the parameters of this very model."
         )
     check_layer(layer, caller)
-    if places is not None:
-        note_readers(module, places[module].readers)
     return layer
 
 
@@ -110,9 +114,10 @@ def check_layer(layer: Layer, caller: str) -> None:
         )
     hooks = sum(method._tensor_name == name for method in pruning_methods(module))
     parts = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
-    if not hooks and parts == (None, None):
+    present = sum(part is not None for part in parts)
+    if not hooks and not present:
         _check_unpruned(layer, caller)
-    elif hooks != 1 or any(part is None for part in parts):
+    elif hooks != 1 or present != 2:
         raise RuntimeError(
             f"{caller}: {label} was pruned before, but incompletely: expected one parameter "
             f"{name}_orig, one buffer {name}_mask and one pruning hook, found {hooks} "
