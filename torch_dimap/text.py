@@ -1,9 +1,14 @@
-"""Words and cells that several floors use: names listed in a message, tables for people."""
+"""Words and cells that several floors use: messages, warnings, tables for people."""
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
 from collections.abc import Sequence
+from types import FrameType
 
+_PACKAGE = os.path.dirname(__file__) + os.sep
 Cells = Sequence[Sequence[str]]  # the first row is the header
 
 
@@ -15,6 +20,21 @@ def name_some(names: Sequence[str]) -> str:
     """
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called into the package, however deep inside it this is."""
+    frame: FrameType | None = sys._getframe()
+    level = 1
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def warn_of_empty(labels: Sequence[str], caller: str) -> None:
+    """Warn of layers that a call leaves without any weight."""
+    if labels:
+        warn(f"{caller}: no weight is left in {name_some(labels)}.")
 
 
 def aligned(cells: Cells, left: int) -> list[str]:

@@ -167,5 +167,5 @@ def test_summarize_rounds_uniform_flops_once_and_not_layer_by_layer():
 def test_summarize_refuses_the_tensor_behind_a_mask():
     net, _ = small()
     prune.l1_unstructured(net[0], "weight", amount=0.5)
-    with pytest.raises(ValueError, match="is behind a mask: name 'weight' instead"):
+    with pytest.raises(ValueError, match="behind a mask: name the pruned tensor, 'weight'"):
         summarize(net, parameters=[(net[0], "weight_orig")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import select_exactly
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
@@ -23,6 +24,8 @@ from torch_dimap import (
     dimap_unstructured,
     global_module_aware_unstructured,
     group_parameters,
+    prune_to_flops,
+    prune_to_parameters,
     remove_all,
 )
 
@@ -142,9 +145,44 @@ def test_dimap_unstructured_refuses_sizes_that_do_not_add_up(net):
         )
 
 
-def test_dimap_unstructured_works_through_torchs_apply(net):
-    DimapUnstructured.apply(net[0], "weight", amount=0.25)
-    assert int(net[0].weight_mask.sum()) == 36
+def test_torchs_global_call_without_sizes_is_refused_and_nothing_changes(net):
+    before = state_of(net)
+    message = "sizes must tell the layers apart .*call torch_dimap.global_module_aware_unstruct"
+    with pytest.raises(ValueError, match=message):
+        prune.global_unstructured(pairs_of(net), DimapUnstructured, amount=0.5)
+    assert_same_state(before, state_of(net))
+
+
+@pytest.mark.parametrize(("name", "left"), [("weight", (24, 12)), ("bias", (3, 1))])
+def test_dimap_unstructured_works_through_torchs_apply(net, name, left):
+    for kept in left:  # on a repeat torch passes a flat tensor
+        DimapUnstructured.apply(net[0], name, amount=0.5)
+        assert int(getattr(net[0], f"{name}_mask").sum()) == kept
+
+
+def test_a_flat_tensor_that_is_pruned_alone_needs_no_sizes():
+    t = torch.tensor([3.0, -1.0, 2.0, 0.5])
+    assert DimapUnstructured(2).prune(t).tolist() == [3.0, 0.0, 2.0, 0.0]
+    module = nn.Module()
+    module.temp = nn.Parameter(t)  # what torch's global call names its joined tensor
+    dimap_unstructured(module, "temp", amount=2)
+    assert module.temp.tolist() == [3.0, 0.0, 2.0, 0.0]
+
+
+def test_a_subclass_may_go_on_from_dimaps_choice(net):
+    class AndOne(DimapUnstructured):
+        def compute_mask(self, t, default_mask):
+            mask = super().compute_mask(t, default_mask)
+            mask[0] = 0
+            return mask
+
+    twin = copy.deepcopy(net)
+    global_module_aware_unstructured(pairs_of(twin), amount=40)
+    global_module_aware_unstructured(pairs_of(net), AndOne, amount=40)
+    expected = masks_of(pairs_of(twin))
+    expected[0][0, 0] = False
+    for mask, want in zip(masks_of(pairs_of(net)), expected, strict=True):
+        assert torch.equal(mask, want)
 
 
 def test_amount_as_an_int_is_the_total_shared_in_proportion(net):
@@ -273,8 +311,8 @@ def test_it_leaves_behind_what_torch_does(net):
     assert dimap_unstructured(net[0], "weight", amount=0.5) is net[0]
     prune.l1_unstructured(by_torch[0], "weight", amount=0.5)
     assert prune.is_pruned(net)
-    assert list(net.state_dict()) == list(by_torch.state_dict())
-    assert [n for n, _ in net.named_parameters()] == [n for n, _ in by_torch.named_parameters()]
+    assert net.state_dict().keys() == by_torch.state_dict().keys()
+    assert list(net[0]._parameters) == ["weight_orig", "bias"]  # where torch puts the bias first
     assert net[0].weight_orig is original  # an optimizer made before still trains it
     (hook,) = net[0]._forward_pre_hooks.values()
     assert isinstance(hook, DimapUnstructured)
@@ -335,6 +373,41 @@ def test_zeros_stay_zero_through_adamw_with_weight_decay(swin, images):
     )
 
 
+def adamw_step(model, x):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model(x).square().sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def test_optimizer_states_line_up_with_a_dense_model_through_pruning_and_baking(net):
+    x = torch.randn(5, 8)
+    fresh = copy.deepcopy(net)
+    dense_state = adamw_step(net, x)
+    global_module_aware_unstructured(pairs_of(net), amount=0.5)
+    net.zero_grad()
+    torch.optim.AdamW(net.parameters()).load_state_dict(dense_state)
+    order = [name.removesuffix("_orig") for name, _ in net.named_parameters()]
+    assert order == [name for name, _ in fresh.named_parameters()]
+    masked_state = adamw_step(net, x)
+    remove_all(net)
+    assert list(net.state_dict()) == list(fresh.state_dict())
+    optimizer = torch.optim.AdamW(fresh.parameters())
+    optimizer.load_state_dict(masked_state)
+    for parameter, twin in zip(fresh.parameters(), net.parameters(), strict=True):
+        assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape == twin.shape
+    fresh(x).sum().backward()
+    optimizer.step()
+
+
+def test_a_repeated_call_and_torchs_calls_leave_the_order_that_is_there(net):
+    prune.identity(net[0], "weight")  # torch puts the weight behind the bias
+    dimap_unstructured(net[0], "weight", amount=0.5)
+    assert list(net[0]._parameters) == ["bias", "weight_orig"]
+    remove_all(net)
+    assert list(net[0]._parameters) == ["bias", "weight"]
+
+
 def test_state_dicts_go_from_one_pruned_model_to_another(swin, images):
     other = copy.deepcopy(swin)
     with torch.no_grad():
@@ -371,14 +444,44 @@ def test_a_pruned_model_goes_into_emas_and_copies(swin, images):
         assert torch.equal(other(images), swin(images))
 
 
-def test_an_ema_follows_the_masks_of_a_second_round(swin):
+def assert_same_masks(model, other):
+    masks = [(a, b) for a, b in zip(model.buffers(), other.buffers()) if a.dtype == torch.bool]
+    assert masks and all(torch.equal(a, b) for a, b in masks)
+
+
+@pytest.mark.parametrize(
+    ("make", "update"),
+    [
+        (lambda model: ModelEmaV3(model, decay=0.9), "update"),
+        (lambda model: ModelEmaV3(model, decay=0.9, foreach=False), "update"),
+        (AveragedModel, "update_parameters"),
+    ],
+)
+def test_an_ema_follows_the_masks_of_a_second_round(swin, make, update):
     groups = group_parameters(swin)
     global_module_aware_unstructured(groups, amount=0.3)
-    ema = ModelEmaV3(swin, decay=0.9)
+    ema = make(swin)
+    global_module_aware_unstructured(groups, amount=0.3)
+    getattr(ema, update)(swin)
+    assert_same_masks(swin, ema.module)
+
+
+def test_an_ema_that_averages_masks_needs_them_copied_after_a_second_round(swin):
+    groups = group_parameters(swin)
+    global_module_aware_unstructured(groups, amount=0.3)
+    ema = ModelEmaV2(swin, decay=0.9)  # ema.copy_(decay * ema + (1 - decay) * value)
+    ema.update(swin)
+    assert_same_masks(swin, ema.module)
     global_module_aware_unstructured(groups, amount=0.3)
     ema.update(swin)
-    for (module, _), (other, _) in zip(groups["mlp"], group_parameters(ema.module)["mlp"]):
-        assert torch.equal(module.weight_mask, other.weight_mask)
+    with pytest.raises(AssertionError):  # an average of True and False is True
+        assert_same_masks(swin, ema.module)
+    # The documented line:
+    masks = {key: value for key, value in swin.state_dict().items() if key.endswith("_mask")}
+    ema.module.load_state_dict(masks, strict=False)
+    for _ in range(2):
+        ema.update(swin)
+    assert_same_masks(swin, ema.module)
 
 
 def test_a_pickled_swin_tiny_holds_its_masks_once():
@@ -495,7 +598,7 @@ def assert_same_equal_nan(before, after):
         (99, ValueError, "asks to prune 99 weights, but only 98 are unpruned"),
         (True, TypeError, "found bool"),
         ("half", TypeError, "found str"),
-        (None, TypeError, "found NoneType"),
+        (None, TypeError, "missing .* argument: 'amount'"),
         (torch.tensor(0.5), TypeError, "found Tensor"),
         ({"a": 0.5}, ValueError, r"must name the groups \['all'\], found \['a'\]"),
         ({}, ValueError, "must name the groups"),
@@ -549,6 +652,7 @@ def test_bad_scores_are_refused_and_nothing_changes(net, change, error, message)
         (DimapUnstructured, {}, "amount"),
         (DimapUnstructured(0.5), {}, "must be a pruning class, .* found DimapUnstructured"),
         (prune.L1Unstructured, {"amount": 1, "n": 2}, "unexpected keyword argument 'n'"),
+        (DimapUnstructured, {"amont": 0.5}, "unexpected keyword argument 'amont'"),
     ],
 )
 def test_bad_methods_are_refused_and_nothing_changes(net, method, kwargs, message):
@@ -556,6 +660,46 @@ def test_bad_methods_are_refused_and_nothing_changes(net, method, kwargs, messag
     with pytest.raises(TypeError, match=message):
         global_module_aware_unstructured(pairs_of(net), method, **kwargs)
     assert_same_state(before, state_of(net))
+
+
+def test_amount_is_in_the_signature():
+    signature = inspect.signature(global_module_aware_unstructured)
+    assert signature.parameters["amount"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda net: dimap_unstructured(net[0], "weight", 2.0), "dimap_unstructured"),
+        (lambda net: dimap_unstructured(net[0], "wait", 0.5), "dimap_unstructured"),
+        (lambda net: prune_to_parameters(net, 0.9, [(net[0], "wait")]), "prune_to_parameters"),
+        (lambda net: prune_to_parameters(net, 0.9, []), "prune_to_parameters"),
+        (
+            lambda net: prune_to_flops(net, torch.zeros(1, 8), 0.9, pairs_of(net), None, {}),
+            "prune_to_flops",
+        ),
+    ],
+)
+def test_refusals_name_the_function_that_was_called(net, call, name):
+    with pytest.raises(ValueError, match=rf"^{name}\(\): "):
+        call(net)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda net: dimap_unstructured(net[0], "weight", 1.0), "dimap_unstructured"),
+        (
+            lambda net: global_module_aware_unstructured(pairs_of(net), amount=1.0),
+            "global_module_aware_unstructured",
+        ),
+        (lambda net: prune_to_parameters(net, 15, pairs_of(net)), "prune_to_parameters"),
+    ],
+)
+def test_warnings_point_at_the_line_that_called(net, call, name):
+    with pytest.warns(UserWarning, match=rf"^{name}\(\): no weight is left") as caught:
+        call(net)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_importance_scores_that_are_no_mapping_are_refused(net):

@@ -2,9 +2,9 @@
 
 from torch_dimap.accounting.budgets import Budget, prune_to_flops, prune_to_parameters
 from torch_dimap.accounting.flops import FlopCount, Flops, count_flops
-from torch_dimap.accounting.layers import check_thresholds
 from torch_dimap.accounting.plots import plot_density, plot_histograms, plot_masks
 from torch_dimap.accounting.summary import Summary, summarize
+from torch_dimap.accounting.thresholds import check_thresholds
 
 __all__ = [
     "Budget",

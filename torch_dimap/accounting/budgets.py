@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from torch_dimap.accounting.flops import count_flops, weighted_flops
-from torch_dimap.accounting.layers import Layer, find_layers
 from torch_dimap.masking import (
+    Layer,
     Pair,
-    Target,
+    Parameters,
+    Scores,
     check_amount,
-    check_targets,
+    check_values,
     count_to_prune,
-    global_module_aware_unstructured,
+    find_layers_in,
+    prune_layers,
 )
 from torch_dimap.selection import select
-
-Parameters = Mapping[str, Iterable[Pair]] | Iterable[Pair]
 
 
 class Budget(NamedTuple):
@@ -85,8 +85,9 @@ def prune_to_flops(
         ({'all': 0.75}, 75, 75)
     """
     caller = "prune_to_flops()"
-    layers = find_layers(model, parameters, caller)
-    flops = count_flops(model, inputs, _pairs(layers))
+    layers = find_layers_in(model, parameters, caller)
+    pairs = {group: [(x.module, x.name) for x in members] for group, members in layers.items()}
+    flops = count_flops(model, inputs, pairs)
     costs = {label: layer.dense for label, layer in flops.layers.items()}
     plan = _Plan(caller, "FLOPs", flops.dense, costs, layers, importance_scores)
     return _prune(plan, target, fixed)
@@ -125,7 +126,7 @@ def prune_to_parameters(
         200
     """
     caller = "prune_to_parameters()"
-    layers = find_layers(model, parameters, caller)
+    layers = find_layers_in(model, parameters, caller)
     whole = sum(parameter.numel() for parameter in model.parameters())
     costs = {x.label: x.parameter.numel() for group in layers.values() for x in group}
     plan = _Plan(caller, "parameters", whole, costs, layers, importance_scores)
@@ -140,23 +141,18 @@ class _Plan(NamedTuple):
     whole: int  # of the dense model
     costs: dict[str, int]  # of each dense layer, by label
     layers: dict[str, list[Layer]]
-    importance_scores: Mapping[Pair, Tensor] | None
-
-
-def _pairs(layers: dict[str, list[Layer]]) -> dict[str, list[Pair]]:
-    return {group: [(x.module, x.name) for x in members] for group, members in layers.items()}
+    importance_scores: Scores | None
 
 
 def _prune(plan: _Plan, target: float, fixed: Mapping[str, float] | None) -> Budget:
-    pairs = _pairs(plan.layers)
-    targets = check_targets(pairs, plan.importance_scores)
-    unpruned = {group: sum(t.unpruned for t in members) for group, members in targets.items()}
+    values = check_values(plan.layers, plan.importance_scores, plan.caller)
+    unpruned = {g: sum(layer.unpruned for layer in layers) for g, layers in plan.layers.items()}
     wanted = _absolute(target, plan)
     amount = _check_fixed(fixed or {}, unpruned, plan.caller)
 
     def left(group: str, amount: float) -> int:
         count = count_to_prune(amount, unpruned[group], f"{plan.caller}: fixed[{group!r}]")
-        return _left(plan, group, targets[group], count)
+        return _left(plan, group, values[group], count)
 
     bound = plan.whole - sum(plan.costs.values()) + sum(left(g, a) for g, a in amount.items())
     if bound > wanted:
@@ -172,9 +168,7 @@ def _prune(plan: _Plan, target: float, fixed: Mapping[str, float] | None) -> Bud
         lambda step: bound + sum(left(group, step / steps) for group in free), wanted, steps
     )
     amount = {group: amount.get(group, step / steps) for group in unpruned}
-    thresholds = global_module_aware_unstructured(
-        pairs, importance_scores=plan.importance_scores, amount=amount
-    )
+    thresholds = prune_layers(plan.layers, values, amount, plan.caller)
     return Budget(amount, thresholds, wanted, reached)
 
 
@@ -210,14 +204,15 @@ def _check_fixed(fixed: Any, unpruned: Mapping[str, int], caller: str) -> dict[s
     return dict(fixed)
 
 
-def _left(plan: _Plan, group: str, targets: list[Target], count: int) -> int:
+def _left(plan: _Plan, group: str, values: list[Tensor], count: int) -> int:
     """Return what a group still costs when its ``count`` lowest weights are gone."""
-    if count == sum(target.unpruned for target in targets):
+    layers = plan.layers[group]
+    if count == sum(layer.unpruned for layer in layers):
         return 0
-    keeps, _ = select([t.values for t in targets], count, [t.mask for t in targets])
+    keeps, _ = select(values, count, [layer.mask for layer in layers])
     total = 0
-    for layer, target, keep in zip(plan.layers[group], targets, keeps):
-        kept = int((keep & (target.orig != 0)).count_nonzero())
+    for layer, keep in zip(layers, keeps):
+        kept = int((keep & (layer.parameter != 0)).count_nonzero())
         total += weighted_flops(plan.costs[layer.label], kept, keep.numel())
     return total
 

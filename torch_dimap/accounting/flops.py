@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torch_dimap.accounting.layers import Layer, find_layers
 from torch_dimap.accounting.products import Handle, product_handles, refuse_unknown
-from torch_dimap.masking import Pair, pruning_methods
+from torch_dimap.masking import Layer, Pair, find_layers_in, pruning_methods, snapshot
 
 
 class Flops(NamedTuple):
@@ -93,7 +92,7 @@ def count_flops(
         >>> count.dense, count.masked, count.groups["first"].masked
         (40, 24, 16)
     """
-    groups = find_layers(model, parameters, "count_flops()")
+    groups = find_layers_in(model, parameters, "count_flops()")
     if not isinstance(inputs, (Tensor, tuple)):
         raise TypeError(
             "count_flops(): inputs must be a tensor or a tuple to call the model with, "
@@ -151,11 +150,7 @@ def _trace(
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Let a dense forward in evaluation mode run, then put back all that it changed."""
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    tables: list[tuple[MutableMapping, dict]] = [
-        (table, dict(table))
-        for m in modules
-        for table in (vars(m), m._buffers, m._forward_pre_hooks, m._forward_hooks)
-    ]
+    put_back = snapshot(modules)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     training = model.training
     fastpath, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
@@ -174,9 +169,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         torch.set_autocast_cache_enabled(cache)
         model.train(training)  # some models clear caches here
-        for table, entries in tables:  # in place: hook handles refer to these very dicts
-            table.clear()
-            table.update(entries)
+        put_back()
         for buffer, value in buffers:
             if not torch.equal(buffer, value):
                 buffer.copy_(value)

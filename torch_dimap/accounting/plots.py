@@ -6,20 +6,18 @@ Every function returns a :class:`matplotlib.figure.Figure`; none shows or saves 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
-from torch_dimap.accounting.layers import Layer, check_thresholds, find_layers
-from torch_dimap.masking import Pair
+from torch_dimap.accounting.thresholds import check_thresholds
+from torch_dimap.masking import Layer, Parameters, find_layers_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Parameters = Mapping[str, Iterable[Pair]] | Iterable[Pair]
 
 _BINS = 81
 _QUANTILE = 0.999  # what lies beyond would squeeze the rest into a few bins
@@ -216,7 +214,7 @@ def _in_order(
     model: nn.Module, parameters: Parameters | None, caller: str
 ) -> list[tuple[str, Layer, Any]]:
     """Return group, layer and colour of all layers, in the order of the model."""
-    groups = find_layers(model, parameters, caller)
+    groups = find_layers_in(model, parameters, caller)
     place = {module: i for i, module in enumerate(model.modules())}
     colours = dict(zip(groups, _colours(len(groups))))
     listed = [(group, layer, colours[group]) for group in groups for layer in groups[group]]

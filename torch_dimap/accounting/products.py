@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_dimap.accounting.layers import Layer
+from torch_dimap.masking import Layer
 
 # fvcore's form of a formula: the operator's traced inputs and outputs -> FLOPs, or a
 # Counter that says who they belong to.

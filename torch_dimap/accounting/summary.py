@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from torch_dimap.accounting.flops import Flops, count_flops
-from torch_dimap.accounting.layers import Layer, check_thresholds, find_layers
-from torch_dimap.masking import Pair
+from torch_dimap.accounting.thresholds import check_thresholds
+from torch_dimap.masking import Layer, Pair, find_layers_in
 from torch_dimap.text import aligned, markdown
 
 NOTE = (
@@ -202,7 +202,7 @@ def summarize(
         >>> table.groups[0].density, table.model.zeros, table.model.weights
         (0.75, 8, 46)
     """
-    groups = find_layers(model, parameters, "summarize()")
+    groups = find_layers_in(model, parameters, "summarize()")
     check_thresholds(thresholds, groups, "summarize()")
     pairs = {g: [(x.module, x.name) for x in layers] for g, layers in groups.items()}
     flops = None if inputs is None else count_flops(model, inputs, pairs)

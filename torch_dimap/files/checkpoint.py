@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
 from collections.abc import Mapping
 from typing import overload
 
@@ -29,12 +28,14 @@ from torch_dimap.files.replacing import check_target
 from torch_dimap.files.stored import holds_masks_alone, open_weights, refuse_masks_alone
 from torch_dimap.files.writing import write_weights
 from torch_dimap.masking import (
-    Target,
+    Layer,
     all_or_nothing,
     attach,
     builtin_rule,
+    check_layer,
     hold_masks,
     pruned_tensors,
+    refuse_taken_names,
 )
 from torch_dimap.selection import each_layer
 from torch_dimap.text import name_some
@@ -74,8 +75,8 @@ def save_pruned(
     Raises:
         TypeError: if ``model`` is no module, or ``thresholds`` no mapping.
         ValueError: if nothing in it is pruned, if a pruned weight is tied to one that is
-            not, if its state dict holds what is no plain tensor, or for thresholds of
-            other groups or that are no finite numbers.
+            not or is sharded, if its state dict holds what is no plain tensor, or for
+            thresholds of other groups or that are no finite numbers.
         RuntimeError: if an earlier pruning of a tensor is incomplete.
         OSError: if the file exists without ``force``, or the disk refuses.
 
@@ -186,11 +187,12 @@ def load_pruned(model_or_path, path=None, *, masked=False, device="cpu"):
         with torch.no_grad():
             if not masks_alone:
                 with each_layer(len(entries)) as each:
-                    deque(each(_put, own.values(), map(entries.get, own)), maxlen=0)
+                    for _ in each(_put, own.values(), map(entries.get, own)):
+                        pass  # where the work is shared among threads, their errors come out
             elif not masked:
                 for name, mask in masks.items():
                     own[name].masked_fill_(~mask, 0.0)
-    with all_or_nothing(list(targets.values()), []):
+    with all_or_nothing(target.module for target in targets.values()):
         for name, target in targets.items():
             attach(target, prune.Identity(), masks[name])
     return hold_masks(model)
@@ -267,24 +269,16 @@ def _check_fit(
         )
 
 
-def _targets(
-    model: nn.Module, entries: Mapping[str, Entry], caller: str
-) -> dict[str, Target]:
-    """Return the parameters that are to get a mask, by their first name."""
-    targets: dict[tuple[nn.Module, str], tuple[str, Target]] = {}
+def _targets(model: nn.Module, entries: Mapping[str, Entry], caller: str) -> dict[str, Layer]:
+    """Return the layers that are to get a mask, by their first name."""
+    targets: dict[tuple[nn.Module, str], Layer] = {}
     for label in (label for label, entry in entries.items() if entry.masked):
         place, _, name = label.rpartition(".")
-        module = model.get_submodule(place)
-        parameter = module._parameters.get(name)
-        taken = [x for x in (f"{name}_orig", f"{name}_mask") if hasattr(module, x)]
-        if parameter is None or taken:
-            raise ValueError(
-                f"{caller}: {label} must be a parameter that torch can mask, found "
-                + (f"its module's attribute {taken[0]} in the way." if taken else "none.")
-            )
-        target = Target(module, name, label, parameter, None, None, parameter)
-        targets.setdefault((module, name), (label, target))
-    return dict(targets.values())
+        layer = Layer(label, model.get_submodule(place), name)
+        check_layer(layer, caller)
+        refuse_taken_names(layer, caller)
+        targets.setdefault((layer.module, name), layer)
+    return {layer.label: layer for layer in targets.values()}
 
 
 def _check_hashes(own: Mapping[str, Tensor], pruned: Mapping[str, Pruned], where: str) -> None:

@@ -16,7 +16,7 @@ from torch_dimap.files.replacing import check_target
 from torch_dimap.files.skeletons import group_names
 from torch_dimap.files.stored import open_weights, refuse_masks_alone
 from torch_dimap.files.writing import write_weights
-from torch_dimap.masking import Rule, amounts_by_group, count_to_prune, warn_of_empty
+from torch_dimap.masking import Rule, amounts_by_group, count_to_prune
 from torch_dimap.selection import (
     Cut,
     FlatLayer,
@@ -26,6 +26,7 @@ from torch_dimap.selection import (
     read_layer,
     thrifty,
 )
+from torch_dimap.text import warn_of_empty
 
 CANDIDATES = 1 << 16  # entries around the cuts of a group, each of about 20 bytes
 _Path = str | os.PathLike[str]

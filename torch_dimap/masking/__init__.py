@@ -1,37 +1,50 @@
 """Whose weights, and how does a mask hold? Groups, checks, and torch's own hooks."""
 
 from torch_dimap.masking.amounts import amounts_by_group, check_amount, count_to_prune
-from torch_dimap.masking.attaching import all_or_nothing, attach
-from torch_dimap.masking.grouping import Pair, Rule, builtin_rule, group_parameters
+from torch_dimap.masking.attaching import all_or_nothing, attach, snapshot
+from torch_dimap.masking.grouping import Rule, builtin_rule, group_parameters
+from torch_dimap.masking.layers import Layer, Pair, pruned_tensors, pruning_methods
+from torch_dimap.masking.method import DimapUnstructured
 from torch_dimap.masking.pruning import (
-    DimapUnstructured,
     dimap_unstructured,
     global_module_aware_unstructured,
+    prune_layers,
     remove_all,
-    warn_of_empty,
 )
-from torch_dimap.masking.readers import hold_masks, pruned_tensors, pruning_methods
-from torch_dimap.masking.targets import SINGLE_GROUP, Target, check_targets
+from torch_dimap.masking.readers import hold_masks
+from torch_dimap.masking.targets import (
+    Parameters,
+    Scores,
+    check_layer,
+    check_values,
+    find_layers_in,
+    refuse_taken_names,
+)
 
 __all__ = [
-    "SINGLE_GROUP",
     "DimapUnstructured",
+    "Layer",
     "Pair",
+    "Parameters",
     "Rule",
-    "Target",
+    "Scores",
     "all_or_nothing",
     "amounts_by_group",
     "attach",
     "builtin_rule",
     "check_amount",
-    "check_targets",
+    "check_layer",
+    "check_values",
     "count_to_prune",
     "dimap_unstructured",
+    "find_layers_in",
     "global_module_aware_unstructured",
     "group_parameters",
     "hold_masks",
+    "prune_layers",
     "pruned_tensors",
     "pruning_methods",
+    "refuse_taken_names",
     "remove_all",
-    "warn_of_empty",
+    "snapshot",
 ]

@@ -1,35 +1,63 @@
-"""Masks put on modules the way torch does it: all of a call's, or none."""
+"""Masks put on modules the way torch does it, and taken off: all of a call's, or none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_dimap.masking.targets import Target
+from torch_dimap.masking.layers import Layer
 
 
-def attach(target: Target, method: prune.BasePruningMethod, mask: Tensor) -> None:
-    """Do to one module what torch's ``BasePruningMethod.apply`` does once it has a mask."""
-    module, name, orig = target.module, target.name, target.orig
+def attach(layer: Layer, method: prune.BasePruningMethod, mask: Tensor) -> None:
+    """Do to one module what torch's ``BasePruningMethod.apply`` does once it has a mask.
+
+    Unlike torch's, the parameter keeps its place among those of its module: optimizers
+    save their state by place.
+    """
+    _, module, name = layer
+    orig, before = layer.parameter, layer.method
     method._tensor_name = name
-    if target.method is None:
-        module.register_parameter(f"{name}_orig", orig)
-        del module._parameters[name]
+    if before is None:
+        with _in_place(module, name, f"{name}_orig"):
+            module.register_parameter(f"{name}_orig", orig)
+            del module._parameters[name]
     else:
         hooks = module._forward_pre_hooks
-        hooks.pop(next(key for key, hook in hooks.items() if hook is target.method))
-        method = _container(target.method, method)
-    if not orig.is_contiguous():  # a mask of another layout would slow every forward
-        mask = torch.empty_like(orig, dtype=torch.bool).copy_(mask)
-    module.register_buffer(f"{name}_mask", mask)
-    # Without a graph the module can be copied, for an EMA, right away.
-    with torch.no_grad():
+        hooks.pop(next(key for key, hook in hooks.items() if hook is before))
+        method = _container(before, method)
+    # Without a graph the module can be copied, for an EMA, right away; and tensors made in
+    # inference mode could never again be changed outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        if not orig.is_contiguous():  # a mask of another layout would slow every forward
+            mask = torch.empty_like(orig, dtype=torch.bool).copy_(mask)
+        elif mask.is_inference():
+            mask = mask.clone()
+        module.register_buffer(f"{name}_mask", mask)
         setattr(module, name, method.apply_mask(module))
     module.register_forward_pre_hook(method)
+
+
+def bake(layer: Layer) -> None:
+    """Call ``prune.remove``, but leave the parameter in its place."""
+    _, module, name = layer
+    with _in_place(module, f"{name}_orig", name), torch.inference_mode(False), torch.no_grad():
+        prune.remove(module, name)
+
+
+@contextmanager
+def _in_place(module: nn.Module, old: str, new: str) -> Iterator[None]:
+    """Let a block put one parameter in for another, and give it the other's place."""
+    parameters = module._parameters
+    order = [new if key == old else key for key in parameters]
+    yield
+    entries = [(key, parameters[key]) for key in order]
+    parameters.clear()
+    parameters.update(entries)
 
 
 def _container(
@@ -43,23 +71,42 @@ def _container(
     return container
 
 
+def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """Return what puts modules back as they are now: all but the values of tensors.
+
+    That is their attributes, and what these hold in dicts and lists: parameters, buffers,
+    hooks, and the list in which torch's recurrent layers keep their weights once more.
+    """
+    dicts, lists, empty = [], [], []
+    for module in dict.fromkeys(modules):
+        for attribute in (vars(module), *vars(module).values()):
+            if type(attribute) not in (dict, OrderedDict, list):
+                continue
+            if not attribute:  # as most are: a copy of each would take long in large models
+                empty.append(attribute)
+            elif type(attribute) is list:
+                lists.append((attribute, attribute.copy()))
+            else:
+                dicts.append((attribute, dict(attribute)))
+
+    def put_back() -> None:  # in place: hook handles refer to these very dicts
+        for table, entries in dicts:
+            table.clear()
+            table.update(entries)
+        for items, before in lists:
+            items[:] = before
+        for container in empty:
+            container.clear()
+
+    return put_back
+
+
 @contextmanager
-def all_or_nothing(targets: list[Target], readers: list[nn.Module]) -> Iterator[None]:
+def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put all modules back as they were if the block fails."""
-    before: list[tuple[MutableMapping, dict]] = [
-        (table, dict(table))
-        for module in dict.fromkeys([*(target.module for target in targets), *readers])
-        for table in (module._parameters, module._buffers, module._forward_pre_hooks)
-    ]
-    weights = [(t, vars(t.module)[t.name]) for t in targets if t.name in vars(t.module)]
+    put_back = snapshot(modules)
     try:
         yield
     except BaseException:
-        for target in targets:
-            vars(target.module).pop(target.name, None)
-        for target, weight in weights:
-            vars(target.module)[target.name] = weight
-        for table, entries in before:  # in place: hook handles refer to these very dicts
-            table.clear()
-            table.update(entries)
+        put_back()
         raise

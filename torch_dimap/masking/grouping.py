@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from torch_dimap.masking.layers import Pair, computed_by
 from torch_dimap.masking.readers import note_readers, survey
+from torch_dimap.text import name_some, warn
 
-Pair = tuple[nn.Module, str]
 Rule = Callable[[str, nn.Module, str], "str | None"]
 
 # The paper's three modules (Sec. 3.1, Fig. 3) under the names that models give them: group,
@@ -38,6 +38,11 @@ _RULES = [
 ]
 # Attention and MLPs that belong to no block: pooling heads and relative positions.
 _AUXILIARY = re.compile(r"(^|\.)(heads?|attn_pool|\w*rel_pos)\.")
+# Modules that others put around a layer or a block, which is still what it was: adapters
+# (peft), torch.compile, activation checkpointing, FSDP. Their names are passed over.
+_WRAPPERS = re.compile(
+    r"(^|\.)(base_layer|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)"
+)
 GROUPS = ("qkv", "proj", "mlp")
 # What surrounds the blocks, and does not count when asked how much of these is known.
 _NO_BLOCK = re.compile(r"(^|\.)(heads?|attn_pool|stem|downsample|\w*embed\w*)(\.|$)")
@@ -48,11 +53,12 @@ def group_parameters(model: nn.Module, rule: Rule | None = None) -> dict[str, li
     """Group a model's prunable weights into the paper's modules.
 
     Knows the names that the vision transformers of timm, torchvision and Hugging Face
-    transformers give to their layers, also inside other models: ``docs/coverage.md``
-    lists the families, ``docs/backbones.md`` says what goes where and why. Takes weights
-    of ``nn.Linear``, 1x1 ``nn.Conv2d`` and ``nn.MultiheadAttention``, never biases; of a
-    pruned model the same as of the dense one. Warns if it knows less than half of the
-    weights in the model's blocks.
+    transformers give to their layers, also inside other models and known wrappers such as
+    peft's LoRA: ``docs/coverage.md`` lists the families, ``docs/backbones.md`` says what
+    goes where and why. Takes weights of ``nn.Linear``, 1x1 ``nn.Conv2d`` and
+    ``nn.MultiheadAttention``, never biases; of a pruned model the same as of the dense one.
+    Warns if it knows less than half of the weights in the model's blocks, and of weights
+    that it would know but for a wrapper or a parametrization.
 
     Args:
         model: the model; it is only read.
@@ -93,7 +99,9 @@ def group_parameters(model: nn.Module, rule: Rule | None = None) -> dict[str, li
         )
     groups: dict[str, list[Pair]] = {} if rule else {group: [] for group in GROUPS}
     places: dict[Tensor, tuple[str, str | None]] = {}
+    hidden: dict[str, str] = {}
     for module, (qualified_name, readers) in survey(model).items():
+        hidden |= {} if rule else _hidden_weights(qualified_name, module)
         for name, tensor in _unpruned_parameters(module):
             group = (rule or builtin_rule)(qualified_name, module, name)
             place = f"{qualified_name}.{name}".removeprefix(".")
@@ -101,6 +109,7 @@ def group_parameters(model: nn.Module, rule: Rule | None = None) -> dict[str, li
             if group is not None:
                 groups.setdefault(group, []).append((module, name))
                 note_readers(module, readers)
+    _warn_of_hidden(hidden, places)
     _check_coverage(model, rule, places)
     return {group: pairs for group, pairs in groups.items() if pairs}
 
@@ -115,7 +124,7 @@ def builtin_rule(qualified_name: str, module: nn.Module, name: str) -> str | Non
         ...     group = builtin_rule(qualified_name, module, name)
         ...     return group if group == "mlp" else None
     """
-    layer = qualified_name
+    layer = _WRAPPERS.sub("", qualified_name).removeprefix(".")
     if isinstance(module, nn.MultiheadAttention) and name in _IN_PROJECTIONS:
         layer += ".attn.qkv"
     elif isinstance(module, NonDynamicallyQuantizableLinear) and name == "weight":
@@ -125,6 +134,33 @@ def builtin_rule(qualified_name: str, module: nn.Module, name: str) -> str | Non
     if _AUXILIARY.search(layer):
         return None
     return next((group for group, pattern in _RULES if pattern.search(layer)), None)
+
+
+def _hidden_weights(qualified_name: str, module: nn.Module) -> dict[str, str]:
+    """Return weights that something keeps out of a group -> the layer that it keeps them from."""
+    found = {
+        f"{qualified_name}.{name}": qualified_name
+        for name in (_IN_PROJECTIONS if isinstance(module, nn.MultiheadAttention) else ("weight",))
+        if computed_by(module, name) and builtin_rule(qualified_name, module, name)
+    }
+    around = qualified_name.rpartition(".")[0]
+    if _is_linear(module) and not builtin_rule(qualified_name, module, "weight"):
+        if builtin_rule(around, module, "weight"):
+            found[f"{qualified_name}.weight"] = around
+    return found
+
+
+def _warn_of_hidden(hidden: dict[str, str], places: dict[Tensor, tuple[str, str | None]]) -> None:
+    """Warn of weights in wrappers, but for those that stand beside a layer's own, as LoRA's do."""
+    grouped = [place.rpartition(".")[0] for place, group in places.values() if group]
+    inside = {layer.rpartition(".")[0] for layer in grouped}
+    names = [name for name, layer in hidden.items() if layer not in inside]
+    if names:
+        warn(
+            f"group_parameters(): {name_some(names)} would be in a group by name, but for a "
+            "wrapper or a parametrization around the layer, and stay dense: take that off first, "
+            "or name the weights with rule=."
+        )
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -179,10 +215,9 @@ def _check_coverage(
         )
     share = found / (found + missed.total())
     if share < 0.5:
-        warnings.warn(
+        warn(
             f"group_parameters(): only {share:.0%} of the weights in the blocks of {kind} are "
-            f"recognised; {largest} and the like stay dense: pass rule= to group them too.",
-            stacklevel=3,
+            f"recognised; {largest} and the like stay dense: pass rule= to group them too."
         )
 
 

@@ -1,78 +1,23 @@
-"""DIMAP as a method of ``torch.nn.utils.prune``, and module-aware pruning with any method."""
+"""The pruning calls: groups of layers masked in one go, by DIMAP or any of torch's methods."""
 
 from __future__ import annotations
 
-import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_dimap.masking.amounts import amounts_by_group, check_amount, count_to_prune
-from torch_dimap.masking.attaching import all_or_nothing, attach
-from torch_dimap.masking.grouping import Pair
-from torch_dimap.masking.readers import (
-    hold,
-    known_readers,
-    pruned_tensors,
-    pruning_methods,
-    release,
-)
-from torch_dimap.masking.targets import CALL, Target, check_targets
-from torch_dimap.selection import check_finite, select
-from torch_dimap.text import name_some
-
-
-class DimapUnstructured(prune.BasePruningMethod):
-    """Prune the (currently unpruned) entries with the lowest DIMAP scores.
-
-    In :func:`global_module_aware_unstructured` and :func:`dimap_unstructured` the
-    layers are known and this class needs nothing but the amount. In torch's own
-    ``prune.global_unstructured`` all layers arrive as one flat tensor; ``sizes`` then
-    tells where one ends and the next begins, since every layer has its own energy.
-
-    Args:
-        amount: int, a number of entries, or float, the fraction of them in [0, 1].
-        sizes: the number of entries of each layer, in order, that the tensor
-            concatenates: ``numel()`` each, or on a repeated call, where torch passes
-            unpruned entries only, ``int(weight_mask.sum())`` each. None: one layer.
-
-    Raises:
-        TypeError: if ``amount`` is neither int nor float.
-        ValueError: if it is negative, NaN or a fraction above 1; later, if ``sizes``
-            does not add up to the tensor.
-    """
-
-    PRUNING_TYPE = "unstructured"
-
-    def __init__(self, amount: float, sizes: Iterable[int] | None = None) -> None:
-        check_amount(amount, "DimapUnstructured(): amount")
-        self.amount = amount
-        self.sizes = None if sizes is None else [int(size) for size in sizes]
-
-    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """Return ``default_mask`` with the lowest-scoring of its entries set to zero.
-
-        Args:
-            t: what to rank by, finite; the weights or scores in their place.
-            default_mask: tensor of the shape of ``t``, 1 where an entry may go.
-        """
-        check_finite(t, "DimapUnstructured.compute_mask(): t")
-        sizes = [t.numel()] if self.sizes is None else self.sizes
-        if sum(sizes) != t.numel() or min(sizes, default=0) < 0:
-            raise ValueError(
-                f"DimapUnstructured(): sizes must add up to the {t.numel()} entries to rank, "
-                f"found a sum of {sum(sizes)}: on a repeated call only unpruned entries count."
-            )
-        chooseable = default_mask.reshape(-1) != 0
-        count = count_to_prune(
-            self.amount, int(chooseable.count_nonzero()), "DimapUnstructured(): amount"
-        )
-        keep, _ = select(t.reshape(-1).split(sizes), count, chooseable.split(sizes))
-        return torch.cat(keep).view(t.shape).to(default_mask.dtype)
+from torch_dimap.masking.amounts import amounts_by_group, count_to_prune
+from torch_dimap.masking.attaching import all_or_nothing, attach, bake
+from torch_dimap.masking.layers import Layer, Pair, pruned_tensors
+from torch_dimap.masking.method import DimapUnstructured
+from torch_dimap.masking.readers import hold, known_readers, release
+from torch_dimap.masking.targets import check_values, find_layers
+from torch_dimap.selection import select
+from torch_dimap.text import warn_of_empty
 
 
 def dimap_unstructured(
@@ -103,8 +48,10 @@ def dimap_unstructured(
         >>> int(layer.weight_mask.sum())
         70
     """
+    caller = "dimap_unstructured()"
     scores = None if importance_scores is None else {(module, name): importance_scores}
-    global_module_aware_unstructured([(module, name)], importance_scores=scores, amount=amount)
+    groups = find_layers([(module, name)], caller)
+    prune_layers(groups, check_values(groups, scores, caller), amount, caller)
     return module
 
 
@@ -112,6 +59,8 @@ def global_module_aware_unstructured(
     parameters: Mapping[str, Iterable[Pair]] | Iterable[Pair],
     pruning_method: Callable[..., prune.BasePruningMethod] = DimapUnstructured,
     importance_scores: Mapping[Pair, Tensor] | None = None,
+    *,
+    amount: float | Mapping[str, float] | None = None,
     **kwargs: Any,
 ) -> dict[str, float]:
     """Prune groups of tensors in place, ranking each group for itself.
@@ -120,7 +69,8 @@ def global_module_aware_unstructured(
     on every module: parameter ``<name>_orig``, buffer ``<name>_mask``, attribute
     ``<name>``, and a forward pre-hook; a ``PruningContainer`` where the tensor was
     pruned before. ``prune.remove`` or :func:`remove_all` makes it permanent. Masks are
-    boolean: a quarter of the memory of float32, exact under EMA and ``half()``.
+    boolean: a quarter of the memory of float32, and the same under ``half()``. Unlike
+    torch's, ``<name>_orig`` keeps the place that the parameter had in its module.
 
     Whatever fails, the model is left as it was.
 
@@ -135,10 +85,11 @@ def global_module_aware_unstructured(
         importance_scores: ``(module, name)`` -> tensor of the parameter's shape that
             stands in for the weights, for all pairs or none. As in torch their
             magnitude counts, and larger means keep.
-        kwargs: passed to ``pruning_method``. Among them ``amount``, of the weights
-            still unpruned: float, the fraction of every group; int, the total over
-            all groups, shared out in proportion to their unpruned sizes; dict, group
-            -> float or int. Exactly ``round(amount * unpruned)`` of a group go.
+        amount: of the weights still unpruned: float, the fraction of every group; int,
+            the total over all groups, shared out in proportion to their unpruned sizes;
+            dict, group -> float or int. Exactly ``round(amount * unpruned)`` of a group
+            go. None for methods that take no amount.
+        kwargs: passed to ``pruning_method``.
 
     Returns:
         Group -> threshold, the highest score that went; 0.0 if nothing did. For
@@ -150,7 +101,8 @@ def global_module_aware_unstructured(
             tensor of a dtype that cannot be ranked.
         ValueError: for an amount out of range, unknown groups, groups without
             weights, a tensor given twice (also under two names), names that are no
-            parameters, weights or scores on the meta device or with NaN or infinity,
+            parameters, weights that are sharded, sparse, quantized or computed from
+            others, weights or scores on the meta device or with NaN or infinity,
             scores of another shape, missing, or for pairs that are not listed.
         RuntimeError: if an earlier pruning of a tensor is incomplete.
 
@@ -163,32 +115,40 @@ def global_module_aware_unstructured(
         >>> sorted(thresholds), int(net[0].weight_mask.sum()), int(net[1].weight_mask.sum())
         (['first', 'second'], 100, 50)
     """
-    groups = check_targets(parameters, importance_scores)
-    unpruned = {group: sum(t.unpruned for t in targets) for group, targets in groups.items()}
-    settings = _settings_by_group(pruning_method, kwargs, unpruned)
+    caller = "global_module_aware_unstructured()"
+    groups = find_layers(parameters, caller)
+    values = check_values(groups, importance_scores, caller)
+    return prune_layers(groups, values, amount, caller, pruning_method, kwargs)
+
+
+def prune_layers(
+    groups: Mapping[str, list[Layer]],
+    values: Mapping[str, list[Tensor]],
+    amount: Any,
+    caller: str,
+    pruning_method: Callable[..., prune.BasePruningMethod] = DimapUnstructured,
+    kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Prune layers that have been checked, by the values to rank them by; return thresholds."""
+    unpruned = {group: sum(x.unpruned for x in layers) for group, layers in groups.items()}
+    makers = _makers(pruning_method, amount, kwargs or {}, unpruned, caller)
     masks: dict[str, list[Tensor]] = {}
     thresholds: dict[str, float] = {}
-    for group, targets in groups.items():
-        method = pruning_method(**settings[group])
+    for group, layers in groups.items():
+        method = _unstructured(makers[group](), caller)
         if _ranks_by_dimap(method):
-            count = count_to_prune(method.amount, unpruned[group], f"{CALL}: amount")
-            chosen = select([t.values for t in targets], count, [t.mask for t in targets])
+            count = count_to_prune(method.amount, unpruned[group], f"{caller}: amount")
+            chosen = select(values[group], count, [x.mask for x in layers])
         else:
-            chosen = _choose_flat(method, targets)
+            chosen = _choose_flat(method, layers, values[group])
         masks[group], thresholds[group] = chosen
-    empty = [
-        target.label
-        for group, targets in groups.items()
-        for target, mask in zip(targets, masks[group])
-        if mask.numel() and not mask.count_nonzero()
-    ]
-    warn_of_empty(empty, CALL)  # first: where warnings are errors, nothing may change
-    everything = [target for targets in groups.values() for target in targets]
-    readers = known_readers(target.module for target in everything)
-    with all_or_nothing(everything, readers):
-        for group, targets in groups.items():
-            for target, mask in zip(targets, masks[group]):
-                attach(target, pruning_method(**settings[group]), mask)
+    plan = [(x, g, mask) for g, layers in groups.items() for x, mask in zip(layers, masks[g])]
+    empty = [x.label for x, _, mask in plan if mask.numel() and not mask.any()]
+    warn_of_empty(empty, caller)  # first: where warnings are errors, nothing may change
+    readers = known_readers(layer.module for layer, _, _ in plan)
+    with all_or_nothing([*(layer.module for layer, _, _ in plan), *readers]):
+        for layer, group, mask in plan:
+            attach(layer, makers[group](), mask)
         for reader in readers:
             hold(reader)
     return thresholds
@@ -207,46 +167,51 @@ def remove_all(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: if ``model`` is no module.
+        ValueError: if a pruned tensor is sharded.
         RuntimeError: if a tensor has a pruning hook, but no mask or no original.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"remove_all(): model must be an nn.Module, found {type(model).__name__}.")
-    deque(pruned_tensors(model, "remove_all()"), maxlen=0)  # all are sound, or nothing changes
-    for module in reversed(list(model.modules())):  # inner ones first
-        for method in pruning_methods(module):
-            with torch.no_grad():
-                prune.remove(module, method._tensor_name)
+    layers = list(pruned_tensors(model, "remove_all()"))  # all are sound, or nothing changes
+    for layer in {(x.module, x.name): x for x in layers}.values():  # shared ones once
+        bake(layer)
+    for module in model.modules():
         release(module)
     return model
 
 
-def _settings_by_group(
+def _makers(
     pruning_method: Callable[..., prune.BasePruningMethod],
-    kwargs: dict[str, Any],
-    unpruned: dict[str, int],
-) -> dict[str, dict[str, Any]]:
-    """Return group -> arguments of its pruning method, once all are known to serve."""
+    amount: Any,
+    kwargs: Mapping[str, Any],
+    unpruned: Mapping[str, int],
+    caller: str,
+) -> dict[str, Callable[[], prune.BasePruningMethod]]:
+    """Return group -> what makes the pruning method of one of its layers."""
     if not callable(pruning_method) or isinstance(pruning_method, prune.BasePruningMethod):
         raise TypeError(
-            f"{CALL}: pruning_method must be a pruning class, such as DimapUnstructured, "
+            f"{caller}: pruning_method must be a pruning class, such as DimapUnstructured, "
             f"found {type(pruning_method).__name__}."
         )
     if "sizes" in kwargs:
         raise TypeError(
-            f"{CALL}: sizes follow from parameters here; they are for prune.global_unstructured."
+            f"{caller}: sizes follow from parameters here; they are for prune.global_unstructured."
         )
-    settings = {group: dict(kwargs) for group in unpruned}
-    if "amount" in kwargs:
-        amounts = amounts_by_group(kwargs["amount"], unpruned, f"{CALL}: amount")
-        settings = {group: {**kwargs, "amount": amounts[group]} for group in unpruned}
-    for group in settings:
-        kind = getattr(pruning_method(**settings[group]), "PRUNING_TYPE", None)
-        if kind != "unstructured":
-            raise TypeError(
-                f"{CALL}: pruning_method must have the PRUNING_TYPE 'unstructured', found "
-                f"{kind!r}: rankings of single weights cannot remove whole channels."
-            )
-    return settings
+    if amount is None:
+        return {group: partial(pruning_method, **kwargs) for group in unpruned}
+    amounts = amounts_by_group(amount, unpruned, f"{caller}: amount")
+    return {g: partial(pruning_method, amount=own, **kwargs) for g, own in amounts.items()}
+
+
+def _unstructured(method: prune.BasePruningMethod, caller: str) -> prune.BasePruningMethod:
+    """Raise unless a method removes weights one by one."""
+    kind = getattr(method, "PRUNING_TYPE", None)
+    if kind != "unstructured":
+        raise TypeError(
+            f"{caller}: pruning_method must have the PRUNING_TYPE 'unstructured', found "
+            f"{kind!r}: rankings of single weights cannot remove whole channels."
+        )
+    return method
 
 
 def _ranks_by_dimap(method: prune.BasePruningMethod) -> TypeGuard[DimapUnstructured]:
@@ -255,23 +220,21 @@ def _ranks_by_dimap(method: prune.BasePruningMethod) -> TypeGuard[DimapUnstructu
 
 
 def _choose_flat(
-    method: prune.BasePruningMethod, targets: list[Target]
+    method: prune.BasePruningMethod, layers: list[Layer], values: list[Tensor]
 ) -> tuple[list[Tensor], float]:
     """Let any of torch's methods choose among the unpruned values of a group."""
-    device = targets[0].values.device
+    device = values[0].device
+    masks = [layer.mask for layer in layers]
     allowed = [
-        torch.ones_like(t.orig, dtype=torch.bool) if t.mask is None else t.mask != 0
-        for t in targets
+        torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+        for x, mask in zip(values, masks)
     ]
-    flat = torch.cat([t.values[keep].to(device) for t, keep in zip(targets, allowed)])
+    flat = torch.cat([x[keep].to(device) for x, keep in zip(values, allowed)])
+    sizes = [int(keep.count_nonzero()) for keep in allowed]
+    if isinstance(method, DimapUnstructured):  # one that goes on from DIMAP's choice
+        method.sizes = sizes
     kept = method.compute_mask(flat, default_mask=torch.ones_like(flat)) != 0
-    for keep, part in zip(allowed, kept.split([int(keep.count_nonzero()) for keep in allowed])):
+    for keep, part in zip(allowed, kept.split(sizes)):
         keep[keep.clone()] = part.to(keep.device)
     pruned = flat[~kept].abs()
     return allowed, float(pruned.max()) if pruned.numel() else 0.0
-
-
-def warn_of_empty(labels: list[str], caller: str) -> None:
-    """Warn of layers that a call leaves without any weight."""
-    if labels:
-        warnings.warn(f"{caller}: no weight is left in {name_some(labels)}.", stacklevel=3)

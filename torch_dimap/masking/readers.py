@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from torch_dimap.masking.layers import pruning_methods
 from torch_dimap.masking.source_code import only_calls, runs_in_sequence
 
 
@@ -40,37 +41,6 @@ class Place(NamedTuple):
 # A pruning call gets layers, not the model they are in: what is found out about their
 # readers when the model is walked is kept here, as long as the modules live.
 _READERS: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
-
-
-class PrunedTensor(NamedTuple):
-    """A tensor behind a mask."""
-
-    label: str  # its name in the model
-    module: nn.Module
-    name: str
-
-
-def pruned_tensors(model: nn.Module, caller: str) -> Iterator[PrunedTensor]:
-    """Yield a model's pruned tensors, under each of their names.
-
-    Raises:
-        RuntimeError: if one has a pruning hook, but no mask or no original.
-    """
-    for place, module in model.named_modules(remove_duplicate=False):
-        for name in (method._tensor_name for method in pruning_methods(module)):
-            label = f"{place}.{name}".removeprefix(".")
-            if f"{name}_orig" not in module._parameters or f"{name}_mask" not in module._buffers:
-                raise RuntimeError(
-                    f"{caller}: {label} must have a parameter {name}_orig and a buffer "
-                    f"{name}_mask, found not both: build the model again and load its weights."
-                )
-            yield PrunedTensor(label, module, name)
-
-
-def pruning_methods(module: nn.Module) -> list[prune.BasePruningMethod]:
-    """Return the hooks with which torch prunes the tensors of one module."""
-    hooks = module._forward_pre_hooks.values()
-    return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
 
 
 def hold_masks(model: nn.Module) -> nn.Module:

@@ -1,83 +1,80 @@
-"""What a pruning call is asked to change, checked in full before anything is changed."""
+"""What a call is asked to prune or to look at, checked in full before anything is changed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
 
-from torch_dimap.masking.grouping import Pair
-from torch_dimap.masking.readers import pruning_methods
+from torch_dimap.masking.grouping import group_parameters
+from torch_dimap.masking.layers import (
+    Layer,
+    Pair,
+    computed_by,
+    pruning_methods,
+    refuse_sharded,
+)
+from torch_dimap.masking.readers import Place, note_readers, survey
 from torch_dimap.selection import check_finite
+from torch_dimap.text import name_some
 
-CALL = "global_module_aware_unstructured()"
 SINGLE_GROUP = "all"  # what a flat iterable of pairs is called
 
-
-class Target(NamedTuple):
-    """One tensor to prune, as it is before the call."""
-
-    module: nn.Module
-    name: str
-    label: str
-    orig: nn.Parameter
-    mask: Tensor | None  # None while it is unpruned
-    method: prune.BasePruningMethod | None
-    values: Tensor  # what to rank by: the weights, or scores in their place
-
-    @property
-    def unpruned(self) -> int:
-        return self.orig.numel() if self.mask is None else int(self.mask.count_nonzero())
+Parameters = Mapping[str, Iterable[Pair]] | Iterable[Pair]
+Scores = Mapping[Pair, Tensor]
 
 
-def check_targets(
-    parameters: Mapping[str, Iterable[Pair]] | Iterable[Pair],
-    importance_scores: Mapping[Pair, Tensor] | None,
-) -> dict[str, list[Target]]:
-    """Check all that a call was given, before anything is changed."""
+def find_layers_in(
+    model: nn.Module, parameters: Parameters | None, caller: str
+) -> dict[str, list[Layer]]:
+    """Resolve pairs of a model, by default all of its groups; note who reads their weights."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be an nn.Module, found {type(model).__name__}.")
+    places = survey(model)
+    if parameters is None:
+        parameters = group_parameters(model)
+    groups = find_layers(parameters, caller, places)
+    for layer in (layer for layers in groups.values() for layer in layers):
+        note_readers(layer.module, places[layer.module].readers)
+    return groups
+
+
+def find_layers(
+    parameters: Parameters, caller: str, places: Mapping[nn.Module, Place] | None = None
+) -> dict[str, list[Layer]]:
+    """Resolve the pairs that a call was given, by group.
+
+    Args:
+        parameters: as :func:`torch_dimap.global_module_aware_unstructured` takes it.
+        caller: the function that was called, for messages.
+        places: the modules of the model, where that is known; others are refused.
+    """
     if isinstance(parameters, nn.Module) or not isinstance(parameters, Iterable):
         raise TypeError(
-            f"{CALL}: parameters must be a mapping group -> (module, name) pairs, or an iterable "
+            f"{caller}: parameters must be a mapping group -> (module, name) pairs, or an iterable "
             f"of pairs, found {type(parameters).__name__}: see group_parameters(model)."
-        )
-    if importance_scores is not None and not isinstance(importance_scores, Mapping):
-        raise TypeError(
-            f"{CALL}: importance_scores must be a mapping (module, name) -> tensor, "
-            f"found {type(importance_scores).__name__}."
         )
     flat = not isinstance(parameters, Mapping)
     listed = parameters if isinstance(parameters, Mapping) else {SINGLE_GROUP: parameters}
-    groups: dict[str, list[Target]] = {}
+    groups: dict[str, list[Layer]] = {}
     for group, pairs in listed.items():
         where = "parameters" if flat else f"parameters[{group!r}]"
         if isinstance(pairs, nn.Module) or not isinstance(pairs, Iterable):
             raise TypeError(
-                f"{CALL}: {where} must be an iterable of (module, name) pairs, "
+                f"{caller}: {where} must be an iterable of (module, name) pairs, "
                 f"found {type(pairs).__name__}."
             )
         groups[group] = [
-            _inspect_pair(pair, f"{where}[{i}]", importance_scores) for i, pair in enumerate(pairs)
+            _find_layer(pair, f"{where}[{i}]", caller, places) for i, pair in enumerate(pairs)
         ]
-        if not sum(target.orig.numel() for target in groups[group]):
-            raise ValueError(f"{CALL}: {where} holds no weights: list some, or leave it out.")
-    targets = [target for group in groups.values() for target in group]
-    if not targets:
-        raise ValueError(f"{CALL}: parameters is empty, found no group and no pair to prune.")
-    _refuse_repeats(targets)
-    known = {(target.module, target.name) for target in targets}
-    surplus = [pair for pair in importance_scores or () if pair not in known]
-    if surplus:
-        raise ValueError(
-            f"{CALL}: importance_scores must be for pairs listed in parameters, found "
-            f"{len(surplus)} more: leave them out, or list their pairs."
-        )
+    _refuse_repeats([layer for layers in groups.values() for layer in layers], caller)
     return groups
 
 
-def _inspect_pair(pair: Pair, where: str, scores: Mapping[Pair, Tensor] | None) -> Target:
+def _find_layer(
+    pair: Pair, where: str, caller: str, places: Mapping[nn.Module, Place] | None
+) -> Layer:
     if not (
         isinstance(pair, (tuple, list))
         and len(pair) == 2
@@ -85,77 +82,159 @@ def _inspect_pair(pair: Pair, where: str, scores: Mapping[Pair, Tensor] | None) 
         and isinstance(pair[1], str)
     ):
         raise TypeError(
-            f"{CALL}: {where} must be a (module, name) pair, found {type(pair).__name__}."
+            f"{caller}: {where} must be a (module, name) pair, found {type(pair).__name__}."
         )
     module, name = pair
-    label = f"{where} ({type(module).__name__}.{name})"
-    methods = [method for method in pruning_methods(module) if method._tensor_name == name]
-    orig, mask = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
-    if orig is None and mask is None and not methods:
-        orig = _unpruned_parameter(module, name, label)
-    elif orig is None or mask is None or len(methods) != 1:
+    if places is None:
+        layer = Layer(f"{where} ({type(module).__name__}.{name})", module, name)
+    elif module in places:
+        layer = Layer(f"{places[module].name}.{name}".removeprefix("."), module, name)
+    else:
+        raise ValueError(
+            f"{caller}: {where} lists a {type(module).__name__} that is no part of the model: "
+            "group the parameters of this very model."
+        )
+    check_layer(layer, caller)
+    return layer
+
+
+def check_layer(layer: Layer, caller: str) -> None:
+    """Raise unless a layer is a parameter that a mask can be put on, or has one that holds."""
+    label, module, name = layer
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{caller}: {label} is part of a scripted module, which takes no masks: "
+            "prune the model and bake it with remove_all before it is scripted."
+        )
+    computed = computed_by(module, name)
+    if computed:
+        raise ValueError(
+            f"{caller}: {label} is computed by {computed[0]}, not a parameter: remove that "
+            f"first with torch.nn.utils.{computed[1]}."
+        )
+    hooks = sum(method._tensor_name == name for method in pruning_methods(module))
+    parts = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
+    present = sum(part is not None for part in parts)
+    if not hooks and not present:
+        _check_unpruned(layer, caller)
+    elif hooks != 1 or present != 2:
         raise RuntimeError(
-            f"{CALL}: {label} was pruned before, but incompletely: expected one parameter "
-            f"{name}_orig, one buffer {name}_mask and one pruning hook, found {len(methods)} "
+            f"{caller}: {label} was pruned before, but incompletely: expected one parameter "
+            f"{name}_orig, one buffer {name}_mask and one pruning hook, found {hooks} "
             "hooks: build the model again and load its weights."
         )
-    check_finite(orig, f"{CALL}: {label}")
-    if mask is not None and mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(f"{CALL}: the mask of {label} must hold 0 and 1 only: binarize it first.")
-    values: Tensor = orig.detach()
-    if scores is not None:
-        if (module, name) not in scores:
-            raise ValueError(
-                f"{CALL}: importance_scores has none for {label}: "
-                "give scores for every pair in parameters, or none at all."
-            )
-        values = scores[module, name]
-        check_finite(values, f"{CALL}: importance_scores of {label}")
-        if values.shape != orig.shape:
-            raise ValueError(
-                f"{CALL}: importance_scores of {label} must have the shape "
-                f"{tuple(orig.shape)}, found {tuple(values.shape)}."
-            )
-        values = values.detach().to(orig.device)
-    method = methods[0] if methods else None
-    return Target(module, name, label, orig, mask, method, values)
+    refuse_sharded(layer, caller)
+    _check_kind(layer.parameter, f"{caller}: {label}")
 
 
-def _unpruned_parameter(module: nn.Module, name: str, label: str) -> nn.Parameter:
-    if parametrize.is_parametrized(module, name):
-        raise ValueError(
-            f"{CALL}: {label} is computed by a parametrization, not a parameter: remove that "
-            "first with torch.nn.utils.parametrize.remove_parametrizations."
-        )
+def _check_unpruned(layer: Layer, caller: str) -> None:
+    label, module, name = layer
     base = name.removesuffix("_orig")
     if base != name and f"{base}_mask" in module._buffers:
         raise ValueError(
-            f"{CALL}: {label} holds the weights behind a mask: name the pruned tensor, {base!r}."
+            f"{caller}: {label} holds the weights behind a mask: name the pruned tensor, {base!r}."
         )
-    parameter = module._parameters.get(name)
-    if parameter is None:
-        present = [key for key, value in module._parameters.items() if value is not None]
+    if module._parameters.get(name) is not None:
+        return
+    if "quantized" in type(module).__module__:
         raise ValueError(
-            f"{CALL}: {label} must be a parameter of its module, found none of that name; "
-            f"there are {', '.join(present[:3]) or 'none'}"
-            + (f" and {len(present) - 3} more." if len(present) > 3 else ".")
+            f"{caller}: {label} is packed by quantization, which takes no masks: prune the model "
+            "and bake it with remove_all before it is quantized."
         )
-    for taken in (f"{name}_orig", f"{name}_mask"):
-        if hasattr(module, taken):
+    present = [key for key, value in module._parameters.items() if value is not None]
+    raise ValueError(
+        f"{caller}: {label} must be a parameter of its module, found none of that name; "
+        f"there are {name_some(present) or 'none'}."
+    )
+
+
+def _check_kind(parameter: nn.Parameter, what: str) -> None:
+    """Refuse tensors that are more than a block of numbers, which a mask would not fit."""
+    if hasattr(parameter, "__tensor_flatten__"):  # torch's sign of tensors made of others
+        raise ValueError(
+            f"{what} must be stored as plain numbers, found {type(parameter).__name__}: prune the "
+            "model and bake it with remove_all before it is quantized or otherwise converted."
+        )
+    if parameter.layout != torch.strided:
+        raise ValueError(
+            f"{what} must be a dense tensor, found the layout {parameter.layout}: "
+            "make it dense with to_dense()."
+        )
+    if parameter.is_meta:
+        raise ValueError(f"{what} is on the meta device and has no values: load weights first.")
+
+
+def _refuse_repeats(layers: list[Layer], caller: str) -> None:
+    seen: dict[tuple[torch.device, int], str] = {}
+    for layer in layers:
+        parameter = layer.parameter
+        if not parameter.numel():
+            continue
+        first = seen.setdefault((parameter.device, parameter.data_ptr()), layer.label)
+        if first is not layer.label:
             raise ValueError(
-                f"{CALL}: {label} needs the name {taken} for itself, but its module "
+                f"{caller}: {layer.label} is the same tensor as {first}: list it once."
+            )
+
+
+def refuse_taken_names(layer: Layer, caller: str) -> None:
+    """Raise if the names that torch's pruning gives to a dense layer's parts are in use."""
+    for taken in (f"{layer.name}_orig", f"{layer.name}_mask"):
+        if layer.mask is None and hasattr(layer.module, taken):
+            raise ValueError(
+                f"{caller}: {layer.label} needs the name {taken} for itself, but its module "
                 "already has an attribute of that name: rename that."
             )
-    return parameter
 
 
-def _refuse_repeats(targets: list[Target]) -> None:
-    seen: dict[tuple[torch.device, int], str] = {}
-    for target in targets:
-        if not target.orig.numel():
-            continue
-        first = seen.setdefault((target.orig.device, target.orig.data_ptr()), target.label)
-        if first != target.label:
-            raise ValueError(
-                f"{CALL}: {target.label} is the same tensor as {first}: list it once."
-            )
+def check_values(
+    groups: Mapping[str, list[Layer]], importance_scores: Scores | None, caller: str
+) -> dict[str, list[Tensor]]:
+    """Check that layers can be ranked; return group -> what to rank each layer by."""
+    if importance_scores is not None and not isinstance(importance_scores, Mapping):
+        raise TypeError(
+            f"{caller}: importance_scores must be a mapping (module, name) -> tensor, "
+            f"found {type(importance_scores).__name__}."
+        )
+    if not groups:
+        raise ValueError(f"{caller}: parameters is empty, found no group and no pair to prune.")
+    for group, layers in groups.items():
+        if not sum(layer.parameter.numel() for layer in layers):
+            where = "parameters" if list(groups) == [SINGLE_GROUP] else f"parameters[{group!r}]"
+            raise ValueError(f"{caller}: {where} holds no weights: list some, or leave it out.")
+    values = {
+        group: [_values(layer, importance_scores, caller) for layer in layers]
+        for group, layers in groups.items()
+    }
+    known = {(layer.module, layer.name) for layers in groups.values() for layer in layers}
+    surplus = [pair for pair in importance_scores or () if pair not in known]
+    if surplus:
+        raise ValueError(
+            f"{caller}: importance_scores must be for pairs listed in parameters, found "
+            f"{len(surplus)} more: leave them out, or list their pairs."
+        )
+    return values
+
+
+def _values(layer: Layer, scores: Scores | None, caller: str) -> Tensor:
+    label, module, name = layer
+    refuse_taken_names(layer, caller)
+    parameter, mask = layer.parameter, layer.mask
+    check_finite(parameter, f"{caller}: {label}")
+    if mask is not None and mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"{caller}: the mask of {label} must hold 0 and 1 only: binarize it.")
+    if scores is None:
+        return parameter.detach()
+    if (module, name) not in scores:
+        raise ValueError(
+            f"{caller}: importance_scores has none for {label}: "
+            "give scores for every pair in parameters, or none at all."
+        )
+    values = scores[module, name]
+    check_finite(values, f"{caller}: importance_scores of {label}")
+    if values.shape != parameter.shape:
+        raise ValueError(
+            f"{caller}: importance_scores of {label} must have the shape "
+            f"{tuple(parameter.shape)}, found {tuple(values.shape)}."
+        )
+    return values.detach().to(parameter.device)

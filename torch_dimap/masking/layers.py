@@ -1,0 +1,102 @@
+"""One prunable tensor, dense or behind a mask: what the folders above call a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+Pair = tuple[nn.Module, str]  # as torch.nn.utils.prune takes it
+
+
+class Layer(NamedTuple):
+    """One tensor of a module. Its properties tell the state of the module when asked."""
+
+    label: str  # for messages: the name in the model where that is known
+    module: nn.Module
+    name: str  # in the module, without the "_orig" of a pruned one
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The dense values; behind the mask where the tensor is pruned."""
+        return getattr(self.module, self.name if self.mask is None else f"{self.name}_orig")
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.module._buffers.get(f"{self.name}_mask")
+
+    @property
+    def method(self) -> prune.BasePruningMethod | None:
+        """The hook with which torch applies the mask."""
+        methods = pruning_methods(self.module)
+        return next((method for method in methods if method._tensor_name == self.name), None)
+
+    @property
+    def weight(self) -> Tensor:
+        """The values that count: never the attribute, which is stale until a forward."""
+        values, mask = self.parameter.detach(), self.mask
+        return values if mask is None else values * mask.to(values.dtype)
+
+    @property
+    def unpruned(self) -> int:
+        """How many entries the mask keeps, zeros included."""
+        mask = self.mask
+        return self.parameter.numel() if mask is None else int(mask.count_nonzero())
+
+
+def pruning_methods(module: nn.Module) -> list[prune.BasePruningMethod]:
+    """Return the hooks with which torch prunes the tensors of one module."""
+    hooks = module._forward_pre_hooks.values()
+    return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
+
+
+def pruned_tensors(model: nn.Module, caller: str) -> Iterator[Layer]:
+    """Yield a model's pruned tensors, under each of their names.
+
+    Raises:
+        RuntimeError: if one has a pruning hook, but no mask or no original.
+        ValueError: if one is sharded.
+    """
+    sharded = any(map(_shards, model.modules()))
+    for place, module in model.named_modules(remove_duplicate=False):
+        for name in (method._tensor_name for method in pruning_methods(module)):
+            label = f"{place}.{name}".removeprefix(".")
+            if f"{name}_orig" not in module._parameters or f"{name}_mask" not in module._buffers:
+                raise RuntimeError(
+                    f"{caller}: {label} must have a parameter {name}_orig and a buffer "
+                    f"{name}_mask, found not both: build the model again and load its weights."
+                )
+            layer = Layer(label, module, name)
+            refuse_sharded(layer, caller, sharded)
+            yield layer
+
+
+def refuse_sharded(layer: Layer, caller: str, sharded: bool = False) -> None:
+    """Raise if this process holds only a part of a layer, as FSDP leaves it."""
+    if sharded or _shards(layer.module) or type(layer.parameter).__name__ == "DTensor":
+        raise ValueError(
+            f"{caller}: {layer.label} is sharded (a DTensor): prune before fully_shard, which "
+            "keeps the masks. After a sharded training, load its gathered state dict "
+            "(get_model_state_dict with full_state_dict=True) into an unsharded, masked model."
+        )
+
+
+def _shards(module: nn.Module) -> bool:
+    """Tell a module that went through fully_shard, which may hold whole weights for a while."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)  # slow to import
+
+
+def computed_by(module: nn.Module, name: str) -> tuple[str, str] | None:
+    """Name what computes a tensor from other parameters, and torch's function to end that."""
+    if parametrize.is_parametrized(module, name):
+        return "a parametrization", "parametrize.remove_parametrizations"
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm) and hook.name == name:
+            return "spectral_norm", "remove_spectral_norm"
+        if isinstance(hook, WeightNorm) and hook.name == name:
+            return "weight_norm", "remove_weight_norm"
+    return None
