@@ -16,7 +16,6 @@ Every run is timed in a fresh process, all kinds in turn, round by round. Writes
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -28,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from prune import SWINS, machine_name
+from prune import SWINS, provenance, write_csv
 from torch import nn
 from tqdm import tqdm
 
@@ -163,12 +162,12 @@ BESIDE = {
 }
 
 
-def markdown(rows: list[dict], command: str) -> str:
+def markdown(rows: list[dict]) -> str:
     """Lay out medians over the rounds, with the medians of the ratios within a round."""
     first = rows[0]
     lines = [
         f"Medians of {first['rounds']} rounds on {first['machine']}, torch {first['torch']}, seed "
-        f"{first['seed']}, commit {first['commit']}. Command: `{command}`.",
+        f"{first['seed']}, commit {first['commit']}. Command: `{first['command']}`.",
         "",
         "| what | kind | seconds | ÷ whole | MB | ÷ whole | peak memory, MB | of it imports |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
@@ -209,20 +208,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
     options = parse()
     if options.one:
         print(json.dumps(run_one(json.loads(options.one))))
         return
     model = SWINS.get(options.model, options.model)
-    about = {"machine": machine_name("cpu"), "torch": torch.__version__, "seed": options.seed,
-             "rounds": options.repeats, "commit": commit()}  # fmt: skip
+    about = {"seed": options.seed, "rounds": options.repeats, **provenance("cpu")}
     rows = []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -237,11 +229,8 @@ def main() -> None:
                     rows.append({"round": round_, **row, **about})
     options.output.mkdir(parents=True, exist_ok=True)
     with open(options.output / "files.csv", "w", newline="") as file:
-        fields = list(dict.fromkeys(key for row in rows for key in row))
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows(rows)
-    text = markdown(rows, " ".join(["python benchmarks/files.py", *sys.argv[1:]]))
+        write_csv(rows, file)
+    text = markdown(rows)
     (options.output / "files.md").write_text(text + "\n")
     print(text)
 

@@ -16,13 +16,12 @@ GPU prune-cuda.csv and so on.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,6 +30,9 @@ from torch.nn.utils import prune
 from tqdm import tqdm
 
 import torch_dimap
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from provenance import provenance, write_csv  # noqa: E402
 
 SWINS = {
     "Swin-T": "swin_tiny_patch4_window7_224",
@@ -41,6 +43,16 @@ SWINS = {
 AMOUNT = 0.5
 SCALING_LAYERS = 16
 SCALED = ("identity", "torch_dimap")  # what the scaling run compares
+
+
+# What is done to two float32 layers of 10^6 random weights each: equal magnitudes are those
+# that a method could stumble on.
+TIES: dict[str, Callable[[torch.Tensor], object]] = {
+    "distinct": lambda weight: None,
+    "half-equal": lambda weight: weight.view(-1)[::2].fill_(0.01),
+    "all-equal": lambda weight: weight.fill_(0.01),
+    "rounded": lambda weight: weight.mul_(1000).round_().div_(1000),
+}
 
 
 def identity(groups: dict) -> None:
@@ -82,11 +94,12 @@ METHODS = {
 
 
 def build(model: str, device: str, seed: int) -> tuple[nn.Module, dict]:
-    """Return a model, by timm name or as a number of bfloat16 weights, and its groups."""
-    if model.isdigit():
-        size = int(model) // SCALING_LAYERS
-        layers = [nn.Linear(size, 1, bias=False, dtype=torch.bfloat16, device=device)
-                  for _ in range(SCALING_LAYERS)]  # fmt: skip
+    """Return a model, by timm name, number of bfloat16 weights or kind of ties; and its groups."""
+    if model.isdigit() or model in TIES:
+        count = SCALING_LAYERS if model.isdigit() else 2
+        size = int(model) // count if model.isdigit() else 10**6
+        dtype = torch.bfloat16 if model.isdigit() else torch.float32
+        layers = [nn.Linear(size, 1, bias=False, dtype=dtype, device=device) for _ in range(count)]
         network: nn.Module = nn.Sequential(*layers)
         groups = {"all": [(layer, "weight") for layer in layers]}
     else:
@@ -100,6 +113,7 @@ def build(model: str, device: str, seed: int) -> tuple[nn.Module, dict]:
         for i, (module, name) in enumerate(pairs):
             weight = getattr(module, name)
             weight.normal_(generator=generator).mul_(0.01 * (1 + i % 7))
+            TIES.get(model, TIES["distinct"])(weight)
     return network, groups
 
 
@@ -156,17 +170,6 @@ def measure_in_fresh_process(model: str, method: str, device: str, seed: int) ->
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def machine_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if "model name" in x), cpu)
-    return f"{cpu}, {torch.get_num_threads()} threads"
-
-
 def medians(rows: list[dict]) -> list[dict]:
     keys = dict.fromkeys((row["model"], row["method"]) for row in rows)
     result = []
@@ -181,7 +184,8 @@ def markdown(rows: list[dict]) -> str:
     """Lay the medians out as a table, with ratios to ours and to the floor."""
     lines = [
         f"Medians of {medians(rows)[0]['runs']} runs on {rows[0]['machine']}, torch "
-        f"{rows[0]['torch']}, seed {rows[0]['seed']}.",
+        f"{rows[0]['torch']}, seed {rows[0]['seed']}, commit {rows[0]['commit']}. Command: "
+        f"`{rows[0]['command']}`.",
         "",
         "| model | prunable weights | method | seconds | ÷ torch_dimap | ÷ identity "
         "| extra memory, MB | ÷ identity |",
@@ -191,6 +195,7 @@ def markdown(rows: list[dict]) -> str:
     for (model, method), row in middle.items():
         own, floor = (middle.get((model, name)) for name in ("torch_dimap", "identity"))
         name = f"{int(model):.0e} in bfloat16" if model.isdigit() else model
+        name = f"2 layers of 1e6, {model}" if model in TIES else name
         to_ours = f"{row['seconds'] / own['seconds']:.2f}" if own else ""
         to_floor = f"{row['seconds'] / floor['seconds']:.2f}" if floor else ""
         memory = f"{row['extra_bytes'] / floor['extra_bytes']:.2f}" if floor else ""
@@ -214,7 +219,9 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
             points = sorted(
                 (row["prunable"], row["seconds"])
                 for row in middle
-                if row["method"] == method and row["model"].isdigit() == scaling
+                if row["method"] == method
+                and row["model"] not in TIES
+                and row["model"].isdigit() == scaling
             )
             if points:
                 label = method + (", bfloat16 layers" if scaling else ", timm Swins (float32)")
@@ -236,6 +243,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"of {', '.join(SWINS)}, or any timm name (default: all four)")  # fmt: skip
     add("--scaling", nargs="*", type=float, default=[1e6, 1e7, 1e8, 1e9], metavar="N",
         help="sizes of the scaling run, bfloat16 weights (default: 1e6 1e7 1e8 1e9)")  # fmt: skip
+    add("--ties", nargs="*", choices=TIES, default=list(TIES), metavar="KIND",
+        help=f"equal magnitudes in two layers, of {', '.join(TIES)} (default: all)")  # fmt: skip
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS),
         help=f"(default: all; in the scaling run only {' and '.join(SCALED)})")  # fmt: skip
     add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
@@ -258,24 +267,22 @@ def main() -> None:
     jobs = [(label, model, method) for label, model in models for method in options.methods]
     scaled = [method for method in SCALED if method in options.methods]
     jobs += [(str(int(n)), str(int(n)), method) for n in options.scaling for method in scaled]
-    machine = machine_name(options.device)
+    jobs += [(kind, kind, method) for kind in options.ties for method in options.methods]
+    origin = provenance(options.device)
     rows = []
     # Round by round, so that a slow spell of the machine touches all methods alike.
     for _ in tqdm(range(options.repeats), desc="rounds"):
         for label, model, method in tqdm(jobs, desc="measurements", leave=False):
             result = measure_in_fresh_process(model, method, options.device, options.seed)
-            about = {"device": options.device, "machine": machine, "torch": torch.__version__,
-                     "seed": options.seed, "amount": AMOUNT}  # fmt: skip
+            about = {"device": options.device, "seed": options.seed, "amount": AMOUNT, **origin}
             rows.append({"model": label, "method": method, **result, **about})
     options.output.mkdir(parents=True, exist_ok=True)
     stem = "prune" if options.device == "cpu" else "prune-cuda"
     with open(options.output / f"{stem}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+        write_csv(rows, file)
     table = markdown(rows)
     (options.output / f"{stem}.md").write_text(table + "\n")
-    plot(rows, options.output / f"{stem}.png", f"Pruning {AMOUNT:.0%} once: {machine}")
+    plot(rows, options.output / f"{stem}.png", f"Pruning {AMOUNT:.0%} once: {origin['machine']}")
     print(table)
 
 

@@ -14,7 +14,6 @@ the dense step of the same round) to --output; on a GPU training-cuda.csv and so
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from prune import machine_name
+from prune import provenance, write_csv
 from torch import nn
 from torch.nn.utils import prune
 from tqdm import tqdm
@@ -126,8 +125,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    about = {"device": options.device, "machine": machine_name(options.device),
-             "torch": torch.__version__, "amp": options.amp, "seed": options.seed}  # fmt: skip
+    about = {"device": options.device, "amp": options.amp, "seed": options.seed,
+             **provenance(options.device)}  # fmt: skip
     rows = []
     for name in options.models:
         for batch in options.batch_sizes:
@@ -141,9 +140,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     stem = "training" if options.device == "cpu" else "training-cuda"
     with open(options.output / f"{stem}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+        write_csv(rows, file)
     table = markdown(rows, options)
     (options.output / f"{stem}.md").write_text(table + "\n")
     print(table)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import itertools
 import statistics
 from pathlib import Path
@@ -31,7 +30,7 @@ from images import (
 )
 from methods import METHODS, prune_to
 from models import add_model_kwargs_argument, fail, load_model, whole_or_not_at_all
-from provenance import provenance
+from provenance import provenance, write_csv
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -194,9 +193,7 @@ def main() -> None:
             rows += [{**source, **row, **about} for row in compare(model, *loaders, own, bar)]
     options.output.mkdir(parents=True, exist_ok=True)
     with whole_or_not_at_all(options.output / "one_shot.csv", "w") as table:
-        writer = csv.DictWriter(table, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+        write_csv(rows, table)
     text = markdown(rows, options)
     with whole_or_not_at_all(options.output / "one_shot.md", "w") as table:
         table.write(text)

@@ -16,7 +16,6 @@ after every epoch; OUTPUT/model.safetensors is the baked model, for timm's check
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import sys
 import time
@@ -43,7 +42,7 @@ from models import (
     save_model,
     whole_or_not_at_all,
 )
-from provenance import provenance
+from provenance import provenance, write_csv
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -220,9 +219,7 @@ def save(training: Training, options: argparse.Namespace) -> None:
     with whole_or_not_at_all(options.output / "last.pth") as file:
         torch.save({**training.state_dict(), "options": kept_options(options)}, file)
     with whole_or_not_at_all(options.output / "log.csv", "w") as file:
-        writer = csv.DictWriter(file, training.log[0])
-        writer.writeheader()
-        writer.writerows(training.log)
+        write_csv(training.log, file)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,13 +1,16 @@
-"""Where a figure comes from: the command, the machine, the versions and the commit."""
+"""Figures as CSV, and where they come from: command, machine, versions and commit."""
 
 from __future__ import annotations
 
+import csv
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 import timm
 import torch
@@ -42,3 +45,10 @@ def provenance(device: str) -> dict[str, str]:
         "timm": timm.__version__,
         "commit": commit(),
     }
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], file: TextIO) -> None:
+    """Write rows under the names of all their fields."""
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)

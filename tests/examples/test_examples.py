@@ -70,13 +70,14 @@ def test_prune_timm_says_in_words_what_is_wrong(arguments, message):
 )
 def test_benchmark_of_pruning_writes_table_and_plot(tmp_path):
     done = run("benchmarks/prune.py", "--models", SWIN, "--methods", "identity", "torch_dimap",
-               "--scaling", 1e5, 1e6, "--repeats", 1, "--output", tmp_path)  # fmt: skip
+               "--scaling", 1e5, 1e6, "--ties", "half-equal", "--repeats", 1,
+               "--output", tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path)) == ["prune.csv", "prune.md", "prune.png"]
     rows = list(csv.DictReader(open(tmp_path / "prune.csv")))
     assert [(row["model"], row["method"]) for row in rows] == [
         (model, method)
-        for model in (SWIN, "100000", "1000000")
+        for model in (SWIN, "100000", "1000000", "half-equal")
         for method in ("identity", "torch_dimap")
     ]
     assert all(float(row["seconds"]) > 0 for row in rows)

@@ -22,7 +22,13 @@ from torch_dimap import (
     prune_checkpoint,
     remove_all,
 )
-from torch_dimap.selection import cuts, search as selection
+from torch_dimap.selection import (
+    apply_cut,
+    blocks_of,
+    find_cuts_sparingly,
+    read_weight,
+    select,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -156,17 +162,17 @@ def test_expand_checkpoint_gives_the_dense_file(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("candidates", [0, 1000])
-def test_find_cuts_with_few_candidates_finds_the_same(dtype, candidates):
+def test_find_cuts_sparingly_finds_the_same_with_few_candidates(dtype, candidates):
     generator = torch.Generator().manual_seed(0)
     weights = [(torch.randn(n, generator=generator) * (0.01 * (1 + n % 7))).to(dtype)
                for n in (200_000, 1, 150_001, 90_000)]  # fmt: skip
     for count in (1000, 200_000, 440_000):
-        expected, threshold = selection.select(weights, count)
-        layers = [selection.read_layer(selection.blocks_of(w, None)) for w in weights]
-        found_cuts, found = selection.find_cuts(layers, count, candidates=candidates)
+        expected, threshold = select(weights, count)
+        flat = [read_weight(blocks_of(weight, None), "weight") for weight in weights]
+        found_cuts, found = find_cuts_sparingly(flat, count, candidates=candidates)
         assert found == pytest.approx(threshold, rel=1e-9)
-        for cut, layer, keep in zip(found_cuts, layers, expected):
-            mask = torch.cat(list(cuts.apply_cut(layer.blocks(), cut)))
+        for cut, weight, keep in zip(found_cuts, flat, expected):
+            mask = torch.cat(list(apply_cut(weight.blocks(), cut)))
             assert torch.equal(mask, keep) and cut.kept == int(keep.sum())
 
 

@@ -209,7 +209,8 @@ def _left(plan: _Plan, group: str, values: list[Tensor], count: int) -> int:
     layers = plan.layers[group]
     if count == sum(layer.unpruned for layer in layers):
         return 0
-    keeps, _ = select(values, count, [layer.mask for layer in layers])
+    names = [f"{plan.caller}: {layer.label}" for layer in layers]
+    keeps, _ = select(values, count, [layer.mask for layer in layers], names)
     total = 0
     for layer, keep in zip(layers, keeps):
         kept = int((keep & (layer.parameter != 0)).count_nonzero())

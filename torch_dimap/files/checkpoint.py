@@ -37,7 +37,7 @@ from torch_dimap.masking import (
     pruned_tensors,
     refuse_taken_names,
 )
-from torch_dimap.selection import each_layer
+from torch_dimap.selection import threaded_map
 from torch_dimap.text import name_some
 
 _Path = str | os.PathLike[str]
@@ -104,12 +104,12 @@ def save_pruned(
             group_of[name] = group
     check_thresholds(thresholds, list(dict.fromkeys(group_of.values())), caller)
     target = check_target(path, caller, force)
-    with each_layer(len(entries)) as each:
+    with threaded_map(len(entries)) as map_:
         write_weights(
             target,
             entries,
             "masks" if masks_only else "compressed",
-            each=each,
+            map_=map_,
             group_of=group_of,
             thresholds={group: float(value) for group, value in (thresholds or {}).items()},
             hashed=masks_only or hash_weights,
@@ -186,8 +186,8 @@ def load_pruned(model_or_path, path=None, *, masked=False, device="cpu"):
         masks = {name: read_mask(entries[name]).to(own[name].device) for name in wanted}
         with torch.no_grad():
             if not masks_alone:
-                with each_layer(len(entries)) as each:
-                    for _ in each(_put, own.values(), map(entries.get, own)):
+                with threaded_map(len(entries)) as map_:
+                    for _ in map_(_put, own.values(), map(entries.get, own)):
                         pass  # where the work is shared among threads, their errors come out
             elif not masked:
                 for name, mask in masks.items():
@@ -290,8 +290,8 @@ def _check_hashes(own: Mapping[str, Tensor], pruned: Mapping[str, Pruned], where
             digest.update(bits_of(values).view(np.uint8).data)
         return digest.hexdigest() == pruned[name].sha256
 
-    with each_layer(len(pruned)) as each:
-        wrong = [name for name, right in zip(pruned, each(matches, pruned)) if not right]
+    with threaded_map(len(pruned)) as map_:
+        wrong = [name for name, right in zip(pruned, map_(matches, pruned)) if not right]
     if wrong:
         raise ValueError(
             f"{where} must hold masks of the model's weights, found that those of "

@@ -32,7 +32,7 @@ from torch_dimap.files.packing import (
 )
 from torch_dimap.files.pickles import mapped_ranges, place_in_file, read_pickle
 from torch_dimap.files.records import Record, kept_name, mask_name, read_record
-from torch_dimap.selection import CPU_BLOCK, each_layer
+from torch_dimap.selection import CPU_BLOCK, threaded_map
 from torch_dimap.text import name_some
 
 BLOCK = 1 << 14  # entries read from a file at a time: few, since memory is what counts there
@@ -185,8 +185,8 @@ def _recorded(
     """Return the entries of a file that this package wrote, once all in it fits together."""
     if set(record.crc32) != set(stored):
         raise ValueError(f"{path} must have a checksum for each of its tensors, and no other.")
-    with each_layer(len(stored)) as each:
-        checksums = each(lambda x: zlib.crc32(content.fetch(x.begin, x.end).data), stored.values())
+    with threaded_map(len(stored)) as map_:
+        checksums = map_(lambda x: zlib.crc32(content.fetch(x.begin, x.end).data), stored.values())
         damaged = [name for name, found in zip(stored, checksums) if found != record.crc32[name]]
     if damaged:
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+import torch
 from tqdm import tqdm
 
 from torch_dimap.files.entries import Entry
@@ -19,16 +19,16 @@ from torch_dimap.files.writing import write_weights
 from torch_dimap.masking import Rule, amounts_by_group, count_to_prune
 from torch_dimap.selection import (
     Cut,
-    FlatLayer,
-    check_finite,
-    each_layer,
-    find_cuts,
-    read_layer,
+    FlatWeight,
+    Map,
+    check_rankable,
+    find_cuts_sparingly,
+    read_weight,
+    threaded_map,
     thrifty,
 )
 from torch_dimap.text import warn_of_empty
 
-CANDIDATES = 1 << 16  # entries around the cuts of a group, each of about 20 bytes
 _Path = str | os.PathLike[str]
 
 
@@ -99,22 +99,22 @@ def prune_checkpoint(
         groups = group_names(entries, rule)
         names = [name for members in groups.values() for name in members]
         work = sum(entries[name].kind.bytes for name in [*names, *entries])
-        with _bar(work, progress) as done, each_layer(len(entries)) as each:
+        with _bar(work, progress) as done, threaded_map(len(entries)) as map_:
 
-            def look(name: str) -> FlatLayer:
-                layer = _look(entries[name], f"{caller}: {name} in {os.fspath(source)}")
+            def look(name: str) -> FlatWeight:
+                weight = _look(entries[name], f"{caller}: {name} in {os.fspath(source)}")
                 done(entries[name].kind.bytes)
-                return layer
+                return weight
 
-            each = thrifty(each)
-            layers = dict(zip(names, each(look, names)))
-            cuts, thresholds = _find_cuts(layers, groups, amount, f"{caller}: amount", each)
+            map_ = thrifty(map_)
+            flat = dict(zip(names, map_(look, names)))
+            cuts, thresholds = _find_cuts(flat, groups, amount, f"{caller}: amount", map_)
             warn_of_empty([n for n in names if entries[n].kind.size and not cuts[n].kept], caller)
             write_weights(
                 path,
                 entries,
                 "compressed" if compressed else "dense",
-                each=each,
+                map_=map_,
                 cuts=cuts,
                 group_of={name: group for group, members in groups.items() for name in members},
                 thresholds=thresholds,
@@ -154,12 +154,12 @@ def expand_checkpoint(
         group_of = {name: p.group for name, p in record.pruned.items() if p.group is not None}
         thresholds = {group: asked.threshold for group, asked in record.groups.items()}
         work = sum(entry.kind.bytes for entry in weights.entries.values())
-        with _bar(work, progress) as done, each_layer(len(weights.entries)) as each:
+        with _bar(work, progress) as done, threaded_map(len(weights.entries)) as map_:
             write_weights(
                 path,
                 weights.entries,
                 "dense",
-                each=thrifty(each),
+                map_=thrifty(map_),
                 group_of=group_of,
                 thresholds=thresholds,
                 metadata=weights.metadata,
@@ -167,36 +167,30 @@ def expand_checkpoint(
             )
 
 
-def _look(entry: Entry, what: str) -> FlatLayer:
-    """Read a layer for the first time, and refuse what has no rank."""
-
-    def checked() -> Iterator[tuple[Tensor, Tensor | None]]:
-        for weight, mask in entry.blocks():
-            check_finite(weight, what)
-            yield weight, mask
-
-    return read_layer(checked)._replace(blocks=entry.blocks)
+def _look(entry: Entry, what: str) -> FlatWeight:
+    """Read a weight for the first time, and refuse what has no rank."""
+    check_rankable(torch.empty(0, dtype=entry.kind.dtype), what)
+    return read_weight(entry.blocks, what)
 
 
 def _find_cuts(
-    layers: Mapping[str, FlatLayer],
+    weights: Mapping[str, FlatWeight],
     groups: Mapping[str, list[str]],
     amount: float | Mapping[str, float],
     what: str,
-    each: Callable[..., Iterator],
+    map_: Map,
 ) -> tuple[dict[str, Cut], dict[str, float]]:
-    """Return the cut of each layer, and the threshold of each group."""
+    """Return the cut of each weight, and the threshold of each group."""
     unpruned = {
-        group: sum(layers[name].zeros + layers[name].nonzeros for name in names)
-        for group, names in groups.items()
+        group: sum(weights[name].chooseable for name in names) for group, names in groups.items()
     }
     amounts = amounts_by_group(amount, unpruned, what)
     cuts: dict[str, Cut] = {}
     thresholds = {}
     for group, names in groups.items():
         count = count_to_prune(amounts[group], unpruned[group], what)
-        members = [layers[name] for name in names]
-        found, thresholds[group] = find_cuts(members, count, each, CANDIDATES)
+        members = [weights[name] for name in names]
+        found, thresholds[group] = find_cuts_sparingly(members, count, map_)
         cuts.update(zip(names, found))
     return cuts, thresholds
 

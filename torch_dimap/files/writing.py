@@ -27,7 +27,7 @@ from torch_dimap.files.records import (
     write_record,
 )
 from torch_dimap.files.replacing import replacing
-from torch_dimap.selection import Cut, apply_cut
+from torch_dimap.selection import Cut, Map, apply_cut
 
 
 def write_weights(
@@ -35,7 +35,7 @@ def write_weights(
     entries: Mapping[str, Entry],
     content: str,
     *,
-    each: Callable[..., Iterator],
+    map_: Map,
     cuts: Mapping[str, Cut] | None = None,
     group_of: Mapping[str, str] | None = None,
     thresholds: Mapping[str, float | None] | None = None,
@@ -49,7 +49,7 @@ def write_weights(
         path: the target, as ``check_target`` returned it.
         entries: what to write, by name.
         content: of the file, see :class:`torch_dimap.files.records.Record`.
-        each: a ``map``, see :func:`torch_dimap.selection.each_layer`.
+        map_: how to work on all, see :func:`torch_dimap.selection.threaded_map`.
         cuts: what to prune of entries. The others' own masks hold.
         group_of: name of a pruned tensor -> its group.
         thresholds: group -> the highest score that went.
@@ -95,7 +95,7 @@ def write_weights(
             done(entries[name].kind.bytes)
             return name, *found
 
-        for name, checksums, sha256 in each(write_one, entries):
+        for name, checksums, sha256 in map_(write_one, entries):
             record.crc32.update(checksums)
             if hashed and name in pruned:
                 pruned[name] = pruned[name]._replace(sha256=sha256)

@@ -16,7 +16,7 @@ from torch_dimap.masking.layers import Layer, Pair, pruned_tensors
 from torch_dimap.masking.method import DimapUnstructured
 from torch_dimap.masking.readers import hold, known_readers, release
 from torch_dimap.masking.targets import check_values, find_layers
-from torch_dimap.selection import select
+from torch_dimap.selection import check_finite, select
 from torch_dimap.text import warn_of_empty
 
 
@@ -138,9 +138,10 @@ def prune_layers(
         method = _unstructured(makers[group](), caller)
         if _ranks_by_dimap(method):
             count = count_to_prune(method.amount, unpruned[group], f"{caller}: amount")
-            chosen = select(values[group], count, [x.mask for x in layers])
+            names = [f"{caller}: {layer.label}" for layer in layers]
+            chosen = select(values[group], count, [x.mask for x in layers], names)
         else:
-            chosen = _choose_flat(method, layers, values[group])
+            chosen = _choose_flat(method, layers, values[group], caller)
         masks[group], thresholds[group] = chosen
     plan = [(x, g, mask) for g, layers in groups.items() for x, mask in zip(layers, masks[g])]
     empty = [x.label for x, _, mask in plan if mask.numel() and not mask.any()]
@@ -220,9 +221,11 @@ def _ranks_by_dimap(method: prune.BasePruningMethod) -> TypeGuard[DimapUnstructu
 
 
 def _choose_flat(
-    method: prune.BasePruningMethod, layers: list[Layer], values: list[Tensor]
+    method: prune.BasePruningMethod, layers: list[Layer], values: list[Tensor], caller: str
 ) -> tuple[list[Tensor], float]:
     """Let any of torch's methods choose among the unpruned values of a group."""
+    for layer, own in zip(layers, values):
+        check_finite(own, f"{caller}: {layer.label}")
     device = values[0].device
     masks = [layer.mask for layer in layers]
     allowed = [

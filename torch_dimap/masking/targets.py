@@ -16,7 +16,7 @@ from torch_dimap.masking.layers import (
     refuse_sharded,
 )
 from torch_dimap.masking.readers import Place, note_readers, survey
-from torch_dimap.selection import check_finite
+from torch_dimap.selection import check_finite, check_rankable
 from torch_dimap.text import name_some
 
 SINGLE_GROUP = "all"  # what a flat iterable of pairs is called
@@ -220,7 +220,8 @@ def _values(layer: Layer, scores: Scores | None, caller: str) -> Tensor:
     label, module, name = layer
     refuse_taken_names(layer, caller)
     parameter, mask = layer.parameter, layer.mask
-    check_finite(parameter, f"{caller}: {label}")
+    # Where the weights themselves are ranked, the first reading of them finds what is not finite.
+    (check_rankable if scores is None else check_finite)(parameter, f"{caller}: {label}")
     if mask is not None and mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"{caller}: the mask of {label} must hold 0 and 1 only: binarize it.")
     if scores is None:

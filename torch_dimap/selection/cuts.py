@@ -1,8 +1,7 @@
-"""What a magnitude cut leaves of a layer: its mask, block by block."""
+"""What a magnitude cut leaves of a weight: its mask, block by block."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import repeat
 from typing import NamedTuple
@@ -10,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_dimap.selection.reading import Blocks, block_size, magnitude_of
+from torch_dimap.selection.reading import Blocks, block_size, greater, magnitude_of, places
 
 
 class Cut(NamedTuple):
-    """What stays of a layer: all above ``magnitude``, and the first ``ties`` equal to it."""
+    """What stays of a weight: all above ``magnitude``, and the first ``ties`` equal to it."""
 
-    magnitude: float
+    magnitude: float  # -1.0 if all stays
     ties: int
     kept: int  # how many these are
 
@@ -30,9 +29,9 @@ def apply_cut(
     ties = cut.ties
     for block, out in zip(blocks, outs):
         magnitude = magnitude_of(*block)
-        keep = torch.gt(magnitude, cut.magnitude, out=out)
+        keep = greater(magnitude, cut.magnitude, out)
         if ties:
-            tied = (magnitude == cut.magnitude).nonzero().squeeze(1)[:ties]
+            tied = places(magnitude == cut.magnitude)[:ties]
             keep[tied] = True
             ties -= tied.numel()
         yield keep
@@ -41,5 +40,6 @@ def apply_cut(
 def mask_of(weight: Tensor, blocks: Blocks, cut: Cut) -> Tensor:
     """Return the mask of a whole tensor in memory, whose blocks are given."""
     keep = torch.empty(weight.numel(), dtype=torch.bool, device=weight.device)
-    deque(apply_cut(blocks(), cut, keep.split(block_size(keep))), maxlen=0)
+    for _ in apply_cut(blocks(), cut, keep.split(block_size(keep))):
+        pass
     return keep.view(weight.shape)

@@ -70,6 +70,14 @@ def dimap_scores(weight: Tensor) -> Tensor:
 
 def check_finite(tensor: Tensor, what: str) -> None:
     """Raise unless ``tensor`` is a real floating-point tensor without NaN or infinity."""
+    check_rankable(tensor, what)
+    # One read, and both ends carry a NaN or an infinity found anywhere between.
+    if tensor.numel() and not torch.stack(torch.aminmax(tensor.detach())).isfinite().all():
+        raise no_rank(what)
+
+
+def check_rankable(tensor: Tensor, what: str) -> None:
+    """Raise unless ``tensor`` is a real floating-point tensor with values, whichever they are."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{what} must be a tensor, found {type(tensor).__name__}.")
     if tensor.dtype not in RANKABLE_DTYPES:
@@ -81,9 +89,11 @@ def check_finite(tensor: Tensor, what: str) -> None:
         raise ValueError(
             f"{what} is on the meta device and has no values to rank: load weights first."
         )
-    # One read, and both ends carry a NaN or an infinity found anywhere between.
-    if tensor.numel() and not torch.stack(torch.aminmax(tensor.detach())).isfinite().all():
-        raise ValueError(
-            f"{what} holds NaN or infinite values, which have no rank: "
-            "look for the layer's origin (a diverged training, an overflow in half precision)."
-        )
+
+
+def no_rank(what: str) -> ValueError:
+    """Return the error for values that are not finite."""
+    return ValueError(
+        f"{what} holds NaN or infinite values, which have no rank: "
+        "look for the layer's origin (a diverged training, an overflow in half precision)."
+    )

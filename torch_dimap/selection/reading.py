@@ -1,4 +1,4 @@
-"""Layers read block by block: magnitudes and energy, in a small, steady amount of memory."""
+"""Weights read block by block: magnitudes and energy, in a small, steady amount of memory."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_dimap.selection.importance import unit_scale
+from torch_dimap.selection.importance import no_rank, unit_scale
 
 CPU_BLOCK = 1 << 17  # entries: magnitude, float64 copy and flags stay in cache
+DOT = 1 << 13  # entries of a dot product
 DEVICE_BLOCK = 1 << 20  # enough to fill a GPU; larger blocks only widen the error bound
 
 
-# One layer's values, flat and in order, and for each of them whether it may be chosen
+# One weight's values, flat and in order, and for each of them whether it may be chosen
 # (None means all): called anew for every reading, so that they need not lie in memory.
 Blocks = Callable[[], Iterable[tuple[Tensor, "Tensor | None"]]]
 
 
-class FlatLayer(NamedTuple):
-    """One layer, flat, and what a first reading tells about it."""
+class FlatWeight(NamedTuple):
+    """The weight of one layer, flat, and what a first reading tells about it."""
 
     blocks: Blocks
     size: int
-    zeros: int  # among the chooseable, as nonzeros
-    nonzeros: int
-    scale: Tensor  # power of two that brings the largest magnitude to about 1
-    energy: float  # sum of squares of weight * scale
+    chooseable: int  # how many entries may go
+    scale: float  # power of two that keeps the squares within float64
+    energy: float  # sum of squares of scale * weight, over what may go
 
 
 def block_size(tensor: Tensor) -> int:
@@ -50,29 +50,94 @@ def blocks_of(weight: Tensor, mask: Tensor | None) -> Blocks:
     return lambda: zip(parts, allowed)
 
 
+def read_weight(blocks: Blocks, what: str) -> FlatWeight:
+    """Count a weight's entries and sum their squares; raise unless all are finite."""
+    scale = _scale(blocks)
+    size, chooseable, energies, masked_energies = 0, [], [], []
+    for weight, allowed in blocks():
+        size += weight.numel()
+        energies.append(_energy(weight, scale))
+        if allowed is not None:
+            chooseable.append(count_true(allowed))
+            masked_energies.append(_energy(torch.where(allowed, weight, 0.0), scale))
+    energy = total(energies)
+    if not math.isfinite(energy):
+        raise no_rank(what)
+    if not chooseable:
+        return FlatWeight(blocks, size, size, scale, energy)
+    return FlatWeight(blocks, size, int(total(chooseable)), scale, total(masked_energies))
+
+
+def _scale(blocks: Blocks) -> float:
+    """Return what to multiply float64 entries by: the squares of all others fit in anyway."""
+    largest = torch.zeros((), dtype=torch.float64)
+    for weight, _ in blocks():
+        if weight.dtype != torch.float64:
+            return 1.0
+        if weight.numel():
+            largest = torch.maximum(largest.to(weight.device), weight.abs().max())
+    return unit_scale(largest).item()
+
+
 def magnitude_of(weight: Tensor, chooseable: Tensor | None) -> Tensor:
     """Return the magnitudes of one block, -1 where nothing may be chosen."""
     return weight.abs() if chooseable is None else torch.where(chooseable, weight.abs(), -1.0)
 
 
-def energy_above(magnitude: Tensor, above: float, scale: Tensor) -> Tensor | float:
+def energy_above(magnitude: Tensor, above: float, scale: float) -> Tensor | float:
     """Sum the scaled squares of one block's magnitudes greater than ``above``, in float64."""
-    scaled = F.threshold(magnitude, above, 0.0).to(torch.float64).mul_(scale)
-    return scalar(torch.dot(scaled, scaled))
+    return _energy(F.threshold(magnitude, above, 0.0), scale)
+
+
+def _energy(values: Tensor, scale: float) -> Tensor | float:
+    wide = values.to(torch.float64)
+    if scale != 1.0:
+        wide = wide * scale
+    if wide.device.type != "cpu":
+        return torch.dot(wide, wide)
+    # Beyond 10,000 entries BLAS libraries share a dot product among threads of their own.
+    numbers = wide.numpy()
+    parts = [numbers[i : i + DOT] for i in range(0, len(numbers), DOT)]
+    return float(sum(np.dot(part, part) for part in parts))
+
+
+def greater(magnitude: Tensor, than: float, out: Tensor | None = None) -> Tensor:
+    """Compare one block with a number of its dtype; on the CPU NumPy is far ahead of torch."""
+    if magnitude.device.type != "cpu":
+        return torch.gt(magnitude, than, out=out)
+    numbers, bound = magnitude, than
+    if magnitude.itemsize == 2:  # NumPy would be slow or has no such type: the bits order alike
+        numbers = magnitude.view(torch.int16)
+        bound = torch.tensor(than, dtype=magnitude.dtype).view(torch.int16).item()
+    flags = np.greater(numbers.numpy(), bound, out=None if out is None else out.numpy())
+    return torch.from_numpy(flags)
 
 
 def count_true(flags: Tensor) -> Tensor | float:
     """Count what is True in one block."""
-    return scalar(torch.count_nonzero(flags))
+    if flags.device.type != "cpu":
+        return torch.count_nonzero(flags)
+    return float(np.count_nonzero(flags.numpy()))
 
 
-def scalar(value: Tensor) -> Tensor | float:
-    """Return one block's result as a number, but on a GPU as it is, not to wait for it.
+def pick(values: Tensor, flags: Tensor) -> Tensor:
+    """Return the flagged values."""
+    return values[places(flags)]
 
-    On the CPU, small tensors that outlive the large ones of their blocks would keep the
-    allocator from using the memory of those again.
-    """
-    return value.item() if value.device.type == "cpu" else value
+
+def places(flags: Tensor) -> Tensor:
+    """Return where flags are set; on the CPU NumPy finds them far faster than torch does."""
+    if flags.device.type != "cpu":
+        return flags.nonzero().squeeze(1)
+    return torch.from_numpy(flags.numpy().nonzero()[0])
+
+
+def ascending(values: Tensor) -> np.ndarray:
+    """Sort a vector: on the CPU NumPy's vectorized sort is far ahead of torch's."""
+    if values.device.type != "cpu":
+        values = values.sort().values.cpu()
+    exact = values if values.dtype == torch.float64 else values.float()
+    return np.sort(exact.numpy())
 
 
 def total(blocks: list) -> float:
@@ -80,37 +145,3 @@ def total(blocks: list) -> float:
     if blocks and isinstance(blocks[0], Tensor):
         blocks = torch.stack(blocks).tolist()
     return math.fsum(blocks)
-
-
-def read_layer(blocks: Blocks) -> FlatLayer:
-    """Count a layer's entries and sum their squares."""
-    extremes = [x for weight, _ in blocks() if weight.numel() for x in torch.aminmax(weight)]
-    if not extremes:
-        return FlatLayer(blocks, 0, 0, 0, torch.ones(()), 0.0)
-    scale = unit_scale(torch.stack(extremes).abs().max())
-    size, fixed, nonzeros, energies = 0, [], [], []
-    for weight, chooseable in blocks():
-        magnitude = magnitude_of(weight, chooseable)
-        size += weight.numel()
-        if chooseable is not None:
-            fixed.append(count_true(magnitude < 0))
-        nonzeros.append(count_true(magnitude > 0))
-        energies.append(energy_above(magnitude, 0.0, scale))
-    nonzero = int(total(nonzeros))
-    zeros = size - int(total(fixed)) - nonzero
-    return FlatLayer(blocks, size, zeros, nonzero, scale, total(energies))
-
-
-def sort(values: Tensor) -> Tensor:
-    """Sort a vector, ascending: on the CPU NumPy's vectorized sort is far ahead of torch's."""
-    if values.device.type != "cpu":
-        return values.sort().values
-    exact = values if values.dtype == torch.float64 else values.float()
-    return torch.from_numpy(np.sort(exact.numpy()))
-
-
-def pick(values: Tensor, flags: Tensor) -> Tensor:
-    """Return the flagged values; on the CPU NumPy finds the flags far faster than torch does."""
-    if values.device.type != "cpu":
-        return values[flags]
-    return values[torch.from_numpy(flags.numpy().nonzero()[0])]

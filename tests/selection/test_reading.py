@@ -1,0 +1,69 @@
+"""Reading weights: what is found, and how often it is done."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from torch_dimap import DimapUnstructured, global_module_aware_unstructured
+from torch_dimap.selection import search, threaded_map
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("masked", [False, True])
+def test_select_names_the_weight_that_is_not_finite(dtype, value, masked):
+    weights = [torch.ones(5, dtype=dtype), torch.tensor([1.0, value, 2.0], dtype=dtype)]
+    masks = [None, torch.tensor([True, False, True])] if masked else None
+    with pytest.raises(ValueError, match="the second holds NaN or infinite values"):
+        search.select(weights, 3, masks, ["the first", "the second"])
+
+
+def test_pruning_reads_for_nan_and_for_its_ranking_at_once(monkeypatch):
+    layer = nn.Linear(300, 300)
+
+    def refuse(*_):
+        raise AssertionError("a reading for extremes alone")
+
+    monkeypatch.setattr(torch, "aminmax", refuse)
+    global_module_aware_unstructured([(layer, "weight")], amount=0.5)
+    assert int(layer.weight_mask.sum()) == 45_000
+
+
+def test_pruning_with_nan_in_a_later_group_leaves_the_model_as_it_was():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight.data[0, 0] = float("nan")
+    groups = {"a": [(net[0], "weight")], "b": [(net[1], "weight")]}
+    with pytest.raises(ValueError, match=r"parameters\['b'\]\[0\] \(Linear.weight\) holds NaN"):
+        global_module_aware_unstructured(groups, DimapUnstructured, amount=0.5)
+    assert isinstance(net[0].weight, nn.Parameter) and not net[0]._forward_pre_hooks
+
+
+def test_select_takes_no_sample_of_weights_smaller_than_one(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a sample of few entries")
+
+    monkeypatch.setattr(search, "take_sample", refuse)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(30, 40, generator=generator) for _ in range(5)]
+    keeps, _ = search.select(weights, 3000)
+    assert sum(int(keep.sum()) for keep in keeps) == 3000
+
+
+def test_threads_started_meanwhile_keep_the_setting_of_all():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threaded_map(4) as map_:
+            assert set(map_(lambda _: torch.get_num_threads(), range(4))) == {1}
+            seen: list[int] = []
+            other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+            other.start()
+            other.join()
+            assert seen == [2]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,178 @@
+"""The entries inside a weight's bracket, each distinct magnitude once where many are equal."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_dimap.selection.brackets import Limits
+from torch_dimap.selection.cuts import Cut
+from torch_dimap.selection.reading import (
+    FlatWeight,
+    ascending,
+    count_true,
+    energy_above,
+    greater,
+    magnitude_of,
+    pick,
+    total,
+)
+
+HELD = 1 << 18  # entries of a weight to hold before equal ones are sought among them
+ROW = 1024  # squares that are added up one after the other
+
+
+class Runs(NamedTuple):
+    """The entries inside a weight's bracket, by magnitude, and how many lie beside it.
+
+    The score of the k-th of a run, in row-major order and from 1, is
+    ``square / (energy + (k - 1) * square)``, where square is that of the scaled magnitude.
+    """
+
+    magnitude: np.ndarray  # ascending
+    ends: np.ndarray | None  # how many entries up to each; None: each stands for one
+    energy: np.ndarray  # float64, scaled: of all entries down to the first of the run
+    score: np.ndarray  # of the first of the run, the highest: its binary logarithm
+    entries: int
+    below: int
+    above: int
+    error: float  # a bound of the relative error of the energies
+
+    def run_of(self, n: int) -> tuple[int, int, int]:
+        """Return the run of the n-th lowest entry, from 1, how many precede it, and its length."""
+        if self.ends is None:
+            return n - 1, n - 1, 1
+        run = int(np.searchsorted(self.ends, n))
+        before = int(self.ends[run - 1]) if run else 0
+        return run, before, int(self.ends[run]) - before
+
+    def going(self, threshold: float) -> int:
+        """Return how many entries score at most ``threshold``, a binary logarithm."""
+        run = int(np.searchsorted(self.score, threshold, "right"))
+        if self.ends is None:
+            return run
+        before = int(self.ends[run - 1]) if run else 0
+        if run == len(self.score):
+            return before
+        # One over the score of the k-th entry is k - 1 more than that of the first.
+        first = float(self.score[run])
+        with np.errstate(over="ignore"):
+            staying = np.expm1((first - threshold) * math.log(2)) * np.exp2(-first)
+        length = int(self.ends[run]) - before
+        return before + length - math.ceil(min(staying, length))
+
+
+def find_runs(weight: FlatWeight, limits: Limits) -> Runs:
+    """Read a weight for the entries between two magnitudes, and the energy above them."""
+    low, high = limits
+    above, energies, collected, longest = [], [], _Inside(), 0
+    for block in weight.blocks():
+        magnitude = magnitude_of(*block)
+        longest = max(longest, magnitude.numel())
+        inside = greater(magnitude, low)
+        if high < math.inf:
+            over = greater(magnitude, high)
+            above.append(count_true(over))
+            energies.append(energy_above(magnitude, high, weight.scale))
+            inside.logical_xor_(over)
+        collected.add(pick(magnitude, inside))
+    found, counts = collected.ascending()
+    square = np.square(found * weight.scale, dtype=float)
+    energy = _energy_of_first(square, counts)
+    energy += total(energies)
+    with np.errstate(divide="ignore"):  # of zeros
+        score = 2 * (np.log2(found, dtype=float) + np.log2(weight.scale))
+    score -= np.log2(np.maximum(energy, np.finfo(float).tiny))
+    ends = None if counts is None else counts.cumsum()
+    entries = len(found) if ends is None else int(ends[-1])
+    n_above = int(total(above))
+    below = weight.chooseable - entries - n_above
+    # A sum of n positive terms, in any order, errs by less than n units in the last place:
+    # n is a block, or a row and the number of rows; the rest is square, quotient and joining.
+    error = (longest + ROW + 2 * len(found) // ROW + 16) * 2.0**-52
+    return Runs(found, ends, energy, score, entries, below, n_above, error)
+
+
+class _Inside:
+    """Magnitudes collected, of which equal ones are merged where that halves them."""
+
+    def __init__(self) -> None:
+        self.loose: list[Tensor] = []
+        self.held, self.limit = 0, HELD
+        self.merged: tuple[np.ndarray, np.ndarray] | None = None  # ascending, and how many
+
+    def add(self, magnitude: Tensor) -> None:
+        self.loose.append(magnitude)
+        self.held += magnitude.numel()
+        if self.held > self.limit:
+            values = ascending(torch.cat(self.loose))
+            distinct, counts = _merge(values)
+            if 2 * len(distinct) > len(values):
+                self.loose = [torch.from_numpy(values)]
+            else:
+                self._join(distinct, counts)
+                self.loose, self.held = [], 0
+            self.limit = 2 * max(HELD, self.held)
+
+    def _join(self, distinct: np.ndarray, counts: np.ndarray) -> None:
+        if self.merged is not None:
+            values = np.concatenate([self.merged[0], distinct])
+            both = np.concatenate([self.merged[1], counts])
+            distinct, place = np.unique(values, return_inverse=True)
+            counts = np.bincount(place, both, len(distinct)).astype(np.int64)
+        self.merged = distinct, counts
+
+    def ascending(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the magnitudes, and how many entries each one stands for if not for one."""
+        values = ascending(torch.cat(self.loose)) if self.loose else np.empty(0)
+        if self.merged is None:
+            return values, None
+        self._join(*_merge(values))
+        return self.merged
+
+
+def _merge(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct ones of sorted values, and how often each occurs."""
+    starts = np.flatnonzero(np.append(True, values[1:] != values[:-1])[: len(values)])
+    return values[starts], np.diff(starts, append=len(values))
+
+
+def _energy_of_first(square: np.ndarray, counts: np.ndarray | None) -> np.ndarray:
+    """Return for each run the sum of all squares from the largest down to its first entry."""
+    if counts is None:
+        return _running_sum(square[::-1])[::-1].copy()
+    rest_and_first = np.stack([square * (counts - 1), square], axis=1)
+    return _running_sum(rest_and_first.ravel()[::-1])[::2][::-1].copy()
+
+
+def _running_sum(values: np.ndarray) -> np.ndarray:
+    """Return ``cumsum(values)`` in rows: no entry goes through more than a few thousand sums."""
+    sums = np.zeros(-(-len(values) // ROW) * ROW)
+    sums[: len(values)] = values
+    rows = sums.reshape(-1, ROW)
+    np.cumsum(rows, axis=1, out=rows)
+    rows[1:] += rows[:-1, -1].cumsum()[:, None]
+    return sums[: len(values)]
+
+
+def cut_runs(weight: FlatWeight, runs: Runs, going: int) -> tuple[Cut, float]:
+    """Cut a weight so that its ``going`` lowest candidates, and all below, go.
+
+    Returns:
+        The cut, and the highest score that goes.
+    """
+    kept = weight.chooseable - runs.below - going
+    if going == 0:
+        return Cut(-1.0, 0, kept), 0.0
+    run, before, length = runs.run_of(going)
+    magnitude = float(runs.magnitude[run])
+    earlier = before + length - going
+    square = (magnitude * weight.scale) ** 2
+    score = square / (runs.energy[run] + earlier * square) if square else 0.0
+    if runs.ends is None:
+        earlier = int(np.searchsorted(runs.magnitude, magnitude, "right")) - going
+    return Cut(magnitude, earlier, kept), float(score)
