@@ -35,6 +35,7 @@ from torch_dimap.masking import (
     remove_all,
 )
 from torch_dimap.selection import dimap_scores
+from torch_dimap.units import global_module_aware_structured, group_units, remove_units
 
 __version__ = "0.1.0"
 
@@ -50,8 +51,10 @@ __all__ = [
     "dimap_scores",
     "dimap_unstructured",
     "expand_checkpoint",
+    "global_module_aware_structured",
     "global_module_aware_unstructured",
     "group_parameters",
+    "group_units",
     "hold_masks",
     "load_pruned",
     "plot_density",
@@ -61,6 +64,7 @@ __all__ = [
     "prune_to_flops",
     "prune_to_parameters",
     "remove_all",
+    "remove_units",
     "save_pruned",
     "summarize",
 ]

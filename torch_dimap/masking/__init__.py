@@ -1,7 +1,7 @@
 """Whose weights, and how does a mask hold? Groups, checks, and torch's own hooks."""
 
 from torch_dimap.masking.amounts import amounts_by_group, check_amount, count_to_prune
-from torch_dimap.masking.attaching import all_or_nothing, attach, snapshot
+from torch_dimap.masking.attaching import all_or_nothing, attach, bake, snapshot
 from torch_dimap.masking.grouping import Rule, builtin_rule, group_parameters
 from torch_dimap.masking.layers import Layer, Pair, pruned_tensors, pruning_methods
 from torch_dimap.masking.method import DimapUnstructured
@@ -11,8 +11,17 @@ from torch_dimap.masking.pruning import (
     prune_layers,
     remove_all,
 )
-from torch_dimap.masking.readers import hold_masks
+from torch_dimap.masking.readers import (
+    Place,
+    hold,
+    hold_masks,
+    known_readers,
+    note_readers,
+    release,
+    survey,
+)
 from torch_dimap.masking.targets import (
+    SINGLE_GROUP,
     Parameters,
     Scores,
     check_layer,
@@ -22,15 +31,18 @@ from torch_dimap.masking.targets import (
 )
 
 __all__ = [
+    "SINGLE_GROUP",
     "DimapUnstructured",
     "Layer",
     "Pair",
     "Parameters",
+    "Place",
     "Rule",
     "Scores",
     "all_or_nothing",
     "amounts_by_group",
     "attach",
+    "bake",
     "builtin_rule",
     "check_amount",
     "check_layer",
@@ -40,11 +52,16 @@ __all__ = [
     "find_layers_in",
     "global_module_aware_unstructured",
     "group_parameters",
+    "hold",
     "hold_masks",
+    "known_readers",
+    "note_readers",
     "prune_layers",
     "pruned_tensors",
     "pruning_methods",
     "refuse_taken_names",
+    "release",
     "remove_all",
     "snapshot",
+    "survey",
 ]

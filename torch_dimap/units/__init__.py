@@ -1,0 +1,21 @@
+"""What goes whole? Attention heads and neurons: described, masked, and removed."""
+
+from torch_dimap.units.description import Attribute, Part, UnitLayer
+from torch_dimap.units.grouping import UnitRule, builtin_unit_rule, group_units
+from torch_dimap.units.masks import KeptUnits, global_module_aware_structured
+from torch_dimap.units.removal import cut_units, remove_units
+from torch_dimap.units.scores import unit_norms
+
+__all__ = [
+    "Attribute",
+    "KeptUnits",
+    "Part",
+    "UnitLayer",
+    "UnitRule",
+    "builtin_unit_rule",
+    "cut_units",
+    "global_module_aware_structured",
+    "group_units",
+    "remove_units",
+    "unit_norms",
+]

@@ -1,0 +1,205 @@
+"""Which units a model has, and where it keeps them."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
+
+from torch import Tensor, nn
+
+from torch_dimap.masking import Place, builtin_rule, note_readers, survey
+from torch_dimap.text import name_some
+from torch_dimap.units.description import HEADS, NEURONS, Attribute, Part, UnitLayer
+from torch_dimap.units.table import ROWS, Row
+
+UnitRule = Callable[[str, nn.Module], Iterable[UnitLayer]]
+# The groups of group_parameters, by what their units are.
+KIND_OF = {"qkv": HEADS, "proj": HEADS, "mlp": NEURONS}
+
+
+def group_units(model: nn.Module, rule: UnitRule | None = None) -> dict[str, list[UnitLayer]]:
+    """Group a model's attention heads and its MLP neurons, layer by layer.
+
+    A unit goes whole: the rows that make it, the columns that read it, and what else is
+    kept per unit. Each layer's :class:`UnitLayer` tells where all that is. The width of
+    the residual stream belongs to no unit and is never touched. Knows the classes in
+    ``torch_dimap.units.table``; ``docs/backbones.md`` says which these are and why others
+    are not among them.
+
+    Args:
+        model: the model; it is only read.
+        rule: replaces :func:`builtin_unit_rule`. Called as ``rule(qualified_name, module)``
+            for every module; returns the unit layers that this very module holds.
+
+    Returns:
+        ``"heads"`` and ``"neurons"`` -> unit layers in the order of definition; a rule of
+        one's own may give other kinds. Kinds without any layer are left out. Layers whose
+        units could not be removed exactly are left out too, with a warning that names
+        them and the reason.
+
+    Raises:
+        TypeError: for a ``model`` or an answer of the rule of another type.
+        ValueError: if nothing is left, or a tensor that holds units is tied to another.
+
+    Example:
+        >>> import timm
+        >>> swin = timm.create_model("swin_tiny_patch4_window7_224")
+        >>> units = group_units(swin)
+        >>> [(kind, len(layers), sum(x.units for x in layers)) for kind, layers in units.items()]
+        [('heads', 12, 138), ('neurons', 12, 17664)]
+    """
+    layers = describe_units(model, rule, "group_units()")
+    reasons = [f"{x.name} ({x.kind}): {x.obstacle}" for x in layers if x.obstacle]
+    if rule is None:
+        reasons += _left_out(survey(model), layers)
+    groups: dict[str, list[UnitLayer]] = {} if rule else {HEADS: [], NEURONS: []}
+    for layer in layers:
+        if not layer.obstacle:
+            groups.setdefault(layer.kind, []).append(layer)
+    groups = {kind: found for kind, found in groups.items() if found}
+    if not groups:
+        raise ValueError(
+            f"group_units(): no heads or neurons of {type(model).__name__} can be removed"
+            + (f"; {name_some(reasons)}" if reasons else "")
+            + ": pass rule= to describe the units of your own classes."
+        )
+    if reasons:
+        warnings.warn(
+            f"group_units(): some units of {type(model).__name__} stay as they are, since they "
+            f"cannot be removed: {name_some(reasons)}.",
+            stacklevel=2,
+        )
+    return groups
+
+
+def describe_units(model: nn.Module, rule: UnitRule | None, caller: str) -> list[UnitLayer]:
+    """List a model's unit layers, also those whose units could not be removed exactly."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be an nn.Module, found {type(model).__name__}.")
+    places = survey(model)
+    layers: list[UnitLayer] = []
+    for module, place in places.items():
+        for layer in (rule or builtin_unit_rule)(place.name, module):
+            if not isinstance(layer, UnitLayer):
+                raise TypeError(
+                    f"{caller}: rule must return UnitLayers, found {type(layer).__name__} "
+                    f"for {place.name}."
+                )
+            layers.append(layer)
+    _refuse_ties(places, layers, caller)
+    for module in {part.module: None for layer in layers for part in layer.parts}:
+        note_readers(module, places[module].readers)
+    return layers
+
+
+def builtin_unit_rule(qualified_name: str, module: nn.Module) -> Iterator[UnitLayer]:
+    """Describe the units of one module by its class: see ``torch_dimap.units.table``.
+
+    Made to be called in a rule of one's own, which then only says what is different.
+
+    Example:
+        >>> def only_neurons(qualified_name, module):
+        ...     layers = builtin_unit_rule(qualified_name, module)
+        ...     return [layer for layer in layers if layer.kind == "neurons"]
+    """
+    for kind, rows in ROWS.items():
+        row = rows.get(forward_class(module))
+        if row is not None:
+            layer = _describe(qualified_name, kind, module, row)
+            if layer.units:
+                yield layer
+
+
+def forward_class(module: nn.Module) -> str:
+    """Return the full name of the class whose forward a module runs."""
+    if "forward" in vars(module):
+        return ""  # patched: nobody knows what it does
+    owner = next(c for c in type(module).__mro__ if "forward" in vars(c))
+    return f"{owner.__module__}.{owner.__qualname__}"
+
+
+def _describe(name: str, kind: str, module: nn.Module, row: Row) -> UnitLayer:
+    """Read a row of the table on one module."""
+    reader = attrgetter(row.reader)(module)
+    columns = Part(reader, "weight", 1, 1, 1).tensor.shape[1]
+    units = attrgetter(row.number)(module) if row.number else columns
+    parts: list[Part] = []
+    obstacles = [f"{path} mixes them" for path in row.mixed if _is_there(module, path)]
+    held = [(path, 0, blocks, True) for path, blocks in row.makes.items()]
+    held += [(path, dim, 1, False) for path, dim in row.along.items()]
+    for path, dim, blocks, masked in held:
+        for part in _tensors(module, path):
+            entries, rest = divmod(part.tensor.shape[dim], blocks * max(1, units))
+            if rest:
+                obstacles.append(f"{path} does not hold {blocks} x {units} of them")
+            parts.append(Part(part.module, part.name, dim, blocks, entries, masked))
+    width = columns // max(1, units)
+    parts.append(Part(reader, "weight", 1, 1, width))
+    numbers = [(path, 1) for path in (row.number, *row.counts) if path]
+    numbers += [(path, width) for path in row.widths]
+    return UnitLayer(
+        name, kind, units, module, tuple(parts),
+        tuple(_attribute(module, path, per_unit) for path, per_unit in numbers),
+        reader, width, 1 if isinstance(reader, nn.Conv2d) else -1,
+        row.forward, row.empty, "; ".join(obstacles),
+    )  # fmt: skip
+
+
+def _is_there(module: nn.Module, path: str) -> bool:
+    found = attrgetter(path)(module)
+    return found is not None and not isinstance(found, nn.Identity)
+
+
+def _tensors(module: nn.Module, path: str) -> Iterator[Part]:
+    """Yield the tensors that a path stands for, those of a layer or the one that it names."""
+    holder, _, name = path.rpartition(".")
+    owner = attrgetter(holder)(module) if holder else module
+    layer = owner._modules.get(name)
+    names = _tensor_names(owner if layer is None else layer)
+    for found in names if layer is not None else {name} & names.keys():
+        yield Part(owner if layer is None else layer, found, 0, 1, 1)
+
+
+def _tensor_names(module: nn.Module) -> dict[str, None]:
+    """Return the names that a module's own tensors have while they are not pruned."""
+    buffers = {k: v for k, v in module._buffers.items() if not k.endswith("_mask")}
+    tensors = {**module._parameters, **buffers}
+    return {k.removesuffix("_orig"): None for k, v in tensors.items() if v is not None and v.dim()}
+
+
+def _attribute(module: nn.Module, path: str, per_unit: int) -> Attribute:
+    holder, _, name = path.rpartition(".")
+    return Attribute(attrgetter(holder)(module) if holder else module, name, per_unit)
+
+
+def _refuse_ties(modules: Iterable[nn.Module], layers: list[UnitLayer], caller: str) -> None:
+    """Refuse a tensor that holds units and has a second place, or two layers' units."""
+    places: Counter[Tensor] = Counter()
+    for module in modules:
+        places.update(tensor for tensor in module._parameters.values() if tensor is not None)
+    held: set[tuple[nn.Module, str]] = set()
+    for layer in layers:
+        for part in layer.parts:
+            if places[part.tensor] > 1 or (part.module, part.name) in held:
+                raise ValueError(
+                    f"{caller}: expected tensors of its own in every unit layer, found that "
+                    f"{part.name} of a {type(part.module).__name__} in {layer.name} is used in "
+                    "a second place too: untie it, or leave the layer out with rule=."
+                )
+            held.add((part.module, part.name))
+
+
+def _left_out(places: dict[nn.Module, Place], layers: list[UnitLayer]) -> list[str]:
+    """Say of which attentions and MLPs the table has no row."""
+    known = {(part.module, part.name) for layer in layers for part in layer.parts}
+    modules = {place.name: module for module, place in places.items()}
+    reasons: dict[str, None] = {}
+    for module, place in places.items():
+        for name in _tensor_names(module):
+            group = builtin_rule(place.name, module, name)
+            if group and (module, name) not in known and Part(module, name, 0, 1, 1).tensor.numel():
+                parent = type(modules[place.name.rpartition(".")[0]]).__name__
+                reasons[f"the {KIND_OF[group]} of {parent}, which has no row in the table"] = None
+    return list(reasons)
