@@ -177,8 +177,10 @@ def grow(name, item, size):
         (lambda h, r, d: r["pruned"]["weight"].update(sha256="0" * 63), "64 hexadecimal digits"),
         (lambda h, r, d: r["pruned"].update(other=r["pruned"]["weight"]), "'other' must have a"),
         (lambda h, r, d: r["pruned"].clear(), None),  # the parts are then tensors like others
-        (lambda h, r, d: r.update(format=2), "must be of format 1, found 2"),
-        (lambda h, r, d: r.update(format=True), "must be of format 1, found True"),
+        (lambda h, r, d: r.update(format=3), "must be of format 1 or 2, found 3"),
+        (lambda h, r, d: r.update(format=True), "must be of format 1 or 2, found True"),
+        (lambda h, r, d: r.update(format=2), "found other fields"),
+        (lambda h, r, d: r.update(operations={}), "found other fields"),
         (lambda h, r, d: r.update(content="odd"), "must hold one of compressed"),
         (lambda h, r, d: r.update(content="masks"), "must hold each tensor once"),
         (lambda h, r, d: r.update(content="dense"), "must be stored as its record says"),

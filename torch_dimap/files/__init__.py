@@ -1,8 +1,9 @@
 """How does a pruned model get to disk and back?"""
 
-from torch_dimap.files.checkpoint import load_pruned, save_pruned
 from torch_dimap.files.entries import read_values
 from torch_dimap.files.inspecting import inspect_checkpoint
+from torch_dimap.files.loading import load_pruned
+from torch_dimap.files.saving import save_pruned
 from torch_dimap.files.skeletons import skeleton
 from torch_dimap.files.stored import open_weights, refuse_masks_alone
 from torch_dimap.files.streaming import expand_checkpoint, prune_checkpoint

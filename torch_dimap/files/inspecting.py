@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from torch_dimap.files.entries import Entry, count_kept
+from torch_dimap.files.operations import describe_operations
 from torch_dimap.files.skeletons import group_names
 from torch_dimap.files.stored import Weights, open_weights
 from torch_dimap.text import aligned
@@ -12,7 +13,7 @@ from torch_dimap.text import aligned
 _CONTENTS = {
     "compressed": "masks and the values that they keep",
     "masks": "masks alone",
-    "dense": "whole tensors, pruned by this package",
+    "dense": "whole tensors, pruned or slimmed by this package",
     None: "a state dict",
 }
 _HEADER = ["group", "tensors", "weights", "kept", "density", "threshold"]
@@ -40,10 +41,13 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> str:
         on_disk = sum(os.path.getsize(file) for file in weights.files)
         record = weights.record
         hashes = {pruned.sha256 for pruned in record.pruned.values()} if record else {None}
+    slim = describe_operations(record.operations) if record else []
+    table = aligned([_HEADER, *rows], left=1) if rows else [] if slim else ["no groups are known"]
     lines = [
         f"{os.fspath(path)}: {_CONTENTS[record.content if record else None]}"
         + (f", written by torch_dimap {record.version}" if record else ""),
-        *(aligned([_HEADER, *rows], left=1) if rows else ["no groups are known"]),
+        *table,
+        *slim,
         f"{len(weights.entries):,} tensors; {on_disk:,} bytes on disk, "
         f"{on_disk / max(1, sizes):.1%} of the {sizes:,} bytes of "
         + ("the masked tensors" if record and record.content == "masks" else "whole tensors"),

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch_dimap.files.headers import NAMES, Kind, check_kind, parse_json
 
 KEY = "torch_dimap"  # under which the metadata hold the record
-FORMAT = 1
 CONTENTS = ("compressed", "masks", "dense")
+Operations = dict[str, dict[str, int]]  # layer -> operation -> its number, "heads": that stay
 
 
 class Pruned(NamedTuple):
@@ -39,6 +39,8 @@ class Record(NamedTuple):
         pruned: by the tensor's name in the state dict.
         groups: by name.
         crc32: stored tensor -> checksum of its bytes.
+        operations: what was done to the dense model's layers. A file with some is of
+            format 2, which readers of format 1 refuse; else it is of format 1.
     """
 
     content: str
@@ -46,6 +48,7 @@ class Record(NamedTuple):
     pruned: dict[str, Pruned]
     groups: dict[str, Group]
     crc32: dict[str, int]
+    operations: Operations = {}
 
 
 def mask_name(name: str) -> str:
@@ -70,13 +73,15 @@ def write_record(record: Record) -> str:
         for name, item in record.pruned.items()
     }
     data = {
-        "format": FORMAT,
+        "format": 2 if record.operations else 1,
         "content": record.content,
         "version": record.version,
         "pruned": pruned,
         "groups": {name: group._asdict() for name, group in record.groups.items()},
         "crc32": {name: f"{checksum:08x}" for name, checksum in record.crc32.items()},
     }
+    if record.operations:
+        data["operations"] = record.operations
     return json.dumps(data, separators=(",", ":"))
 
 
@@ -89,13 +94,14 @@ def read_record(metadata: Mapping[str, str], path: str) -> Record | None:
     if KEY not in metadata:
         return None
     data = parse_json(metadata[KEY].encode(), f"{path}: the record {KEY!r}")
-    if data.get("format") != FORMAT or type(data["format"]) is not int:
+    if data.get("format") not in (1, 2) or type(data["format"]) is not int:
         raise ValueError(
-            f"{path} must be of format {FORMAT}, found {str(data.get('format'))[:20]}: read it "
+            f"{path} must be of format 1 or 2, found {str(data.get('format'))[:20]}: read it "
             "with the version of torch_dimap that wrote it."
         )
     fields = {"format": int, "content": str, "version": str}
     fields |= {"pruned": dict, "groups": dict, "crc32": dict}
+    fields |= {"operations": dict} if data["format"] == 2 else {}
     if {key: type(value) for key, value in data.items()} != fields:
         raise ValueError(f"{path} must have a record of {', '.join(fields)}, found other fields.")
     if data["content"] not in CONTENTS:
@@ -109,6 +115,7 @@ def read_record(metadata: Mapping[str, str], path: str) -> Record | None:
         {name: _group(item, f"{path}: group {name!r}") for name, item in data["groups"].items()},
         {name: _hexadecimal(item, 8, f"{path}: crc32 of {name!r}")
          for name, item in data["crc32"].items()},
+        _operations(data, path),
     )  # fmt: skip
 
 
@@ -132,6 +139,27 @@ def _group(item: Any, what: str) -> Group:
     if item["threshold"] is not None and not _is_number(item["threshold"]):
         raise ValueError(f"{what} must have a number or null as threshold in the record.")
     return Group(item["amount"], item["threshold"])
+
+
+def _operations(data: dict[str, Any], path: str) -> Operations:
+    """Read what was done to layers; whether a model has them is seen when it is loaded."""
+    if data["format"] == 1:
+        return {}
+    found = data["operations"]
+    sound = all(
+        isinstance(numbers, dict) and numbers and all(_is_count(n) for n in numbers.values())
+        for numbers in found.values()
+    )
+    if not sound or not found or data["content"] == "masks":
+        raise ValueError(
+            f"{path} must tell, as a file of format 2 with values, layer -> operation -> a "
+            "number that is not negative, in the record, found other operations."
+        )
+    return found
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _is_number(value: Any) -> bool:

@@ -118,6 +118,7 @@ def prune_checkpoint(
                 cuts=cuts,
                 group_of={name: group for group, members in groups.items() for name in members},
                 thresholds=thresholds,
+                operations=weights.record.operations if weights.record else None,
                 metadata=weights.metadata,
                 done=done,
             )
@@ -162,6 +163,7 @@ def expand_checkpoint(
                 map_=thrifty(map_),
                 group_of=group_of,
                 thresholds=thresholds,
+                operations=record.operations,
                 metadata=weights.metadata,
                 done=done,
             )

@@ -20,6 +20,7 @@ from torch_dimap.files.packing import bits_of, gather, pack_mask, packed_size, z
 from torch_dimap.files.records import (
     KEY,
     Group,
+    Operations,
     Pruned,
     Record,
     kept_name,
@@ -40,6 +41,7 @@ def write_weights(
     group_of: Mapping[str, str] | None = None,
     thresholds: Mapping[str, float | None] | None = None,
     hashed: bool = False,
+    operations: Operations | None = None,
     metadata: Mapping[str, str] | None = None,
     done: Callable[[int], Any] = lambda bytes: None,
 ) -> None:
@@ -54,6 +56,7 @@ def write_weights(
         group_of: name of a pruned tensor -> its group.
         thresholds: group -> the highest score that went.
         hashed: note a SHA-256 of each pruned tensor's weights behind its mask.
+        operations: what was done to the model's layers, see :class:`Record`.
         metadata: what to put beside the record, or to replace by it.
         done: called with the size of every tensor, in bytes, once it is written.
 
@@ -84,7 +87,8 @@ def write_weights(
     from torch_dimap import __version__  # which imports this file
 
     groups = _groups(kept, sizes, group_of, thresholds)
-    record = Record(content, __version__, pruned, groups, dict.fromkeys(kinds, 0))
+    crc32 = dict.fromkeys(kinds, 0)
+    record = Record(content, __version__, pruned, groups, crc32, operations or {})
     others = {"format": "pt", **(metadata or {})}
     _, places = lay_out(kinds, {**others, KEY: write_record(record)})
     with replacing(path) as write:

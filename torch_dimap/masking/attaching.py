@@ -74,11 +74,13 @@ def _container(
 def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """Return what puts modules back as they are now: all but the values of tensors.
 
-    That is their attributes, and what these hold in dicts and lists: parameters, buffers,
-    hooks, and the list in which torch's recurrent layers keep their weights once more.
+    That is their classes, their attributes, and what these hold in dicts and lists:
+    parameters, buffers, hooks, and the list in which torch's recurrent layers keep their
+    weights once more.
     """
+    classes = {module: type(module) for module in modules}
     dicts, lists, empty = [], [], []
-    for module in dict.fromkeys(modules):
+    for module in classes:
         for attribute in (vars(module), *vars(module).values()):
             if type(attribute) not in (dict, OrderedDict, list):
                 continue
@@ -90,6 +92,9 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
                 dicts.append((attribute, dict(attribute)))
 
     def put_back() -> None:  # in place: hook handles refer to these very dicts
+        for module, kind in classes.items():
+            if type(module) is not kind:
+                module.__class__ = kind
         for table, entries in dicts:
             table.clear()
             table.update(entries)

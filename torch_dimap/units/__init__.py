@@ -1,7 +1,13 @@
 """What goes whole? Attention heads and neurons: described, masked, and removed."""
 
+from torch_dimap.units.counts import UnitCount, count_units
 from torch_dimap.units.description import Attribute, Part, UnitLayer
-from torch_dimap.units.grouping import UnitRule, builtin_unit_rule, group_units
+from torch_dimap.units.grouping import (
+    UnitRule,
+    builtin_unit_rule,
+    describe_units,
+    group_units,
+)
 from torch_dimap.units.masks import KeptUnits, global_module_aware_structured
 from torch_dimap.units.removal import cut_units, remove_units
 from torch_dimap.units.scores import unit_norms
@@ -10,10 +16,13 @@ __all__ = [
     "Attribute",
     "KeptUnits",
     "Part",
+    "UnitCount",
     "UnitLayer",
     "UnitRule",
     "builtin_unit_rule",
+    "count_units",
     "cut_units",
+    "describe_units",
     "global_module_aware_structured",
     "group_units",
     "remove_units",

@@ -17,6 +17,7 @@ from torch_dimap.masking import (
     release,
 )
 from torch_dimap.text import name_some
+from torch_dimap.units.counts import note_cut
 from torch_dimap.units.description import Part, UnitLayer
 from torch_dimap.units.grouping import UnitRule, describe_units
 
@@ -101,6 +102,7 @@ def cut_units(keeps: Mapping[UnitLayer, Tensor]) -> None:
         for cut in cuts:
             _put(cut)
         _follow(layer, int(keep.count_nonzero()))
+        note_cut(layer, int(keep.count_nonzero()))
 
 
 def _cut(part: Part, keep: Tensor) -> Cut:

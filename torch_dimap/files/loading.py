@@ -1,0 +1,202 @@
+"""Pruned and slim models read from disk into a dense model, or as a state dict."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import overload
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from torch_dimap.files.entries import Entry, entry_of, fill, read_mask, read_values
+from torch_dimap.files.operations import modules_of, plan_cuts, shapes_after
+from torch_dimap.files.packing import bits_of
+from torch_dimap.files.records import Pruned
+from torch_dimap.files.stored import holds_masks_alone, open_weights, refuse_masks_alone
+from torch_dimap.masking import (
+    Layer,
+    all_or_nothing,
+    attach,
+    check_layer,
+    hold_masks,
+    pruned_tensors,
+    refuse_taken_names,
+)
+from torch_dimap.selection import threaded_map
+from torch_dimap.text import name_some
+from torch_dimap.units import UnitRule, cut_units
+
+_Path = str | os.PathLike[str]
+
+
+@overload
+def load_pruned(
+    model_or_path: _Path, *, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]: ...
+
+
+@overload
+def load_pruned(
+    model_or_path: nn.Module,
+    path: _Path,
+    *,
+    masked: bool = False,
+    unit_rule: UnitRule | None = None,
+) -> nn.Module: ...
+
+
+def load_pruned(model_or_path, path=None, *, masked=False, unit_rule=None, device="cpu"):
+    """Load what :func:`save_pruned` or :func:`torch_dimap.prune_checkpoint` wrote.
+
+    ``load_pruned(path)`` gives a plain state dict; ``load_pruned(model, path)`` fills a
+    dense model, and with ``masked=True`` its masks too, ready to be fine-tuned. From the
+    file of a slim model, whose layers have lost units, as many are cut out of the model
+    first, which gives it new parameters. On failure the model is as it was.
+
+    Args:
+        model_or_path: a dense model with the names and shapes of the one that was saved,
+            or that this had before it was slimmed, on any device; its tensors are filled
+            in place and, as by torch's ``load_state_dict``, keep their dtypes. Or the path.
+        path: of the file. Any other checkpoint with these weights will do as well. With
+            masks alone, they are put on the weights that the model has.
+        masked: keep the masks, as torch does: ``<name>_orig``, ``<name>_mask``, and a hook
+            that holds the zeros. Otherwise the zeros are ordinary weights.
+        unit_rule: the ``rule`` that units were removed with, if one was given.
+        device: of the tensors, where a state dict is asked for.
+
+    Returns:
+        Name -> tensor; or the model.
+
+    Raises:
+        TypeError: for arguments of other types.
+        ValueError: if the file is damaged, does not fit the model, holds masks of other
+            weights than the model's, or none where ``masked`` wants them.
+        RuntimeError: if the model is pruned already.
+        OSError: if the file cannot be read.
+    """
+    caller = "load_pruned()"
+    if not isinstance(model_or_path, nn.Module):
+        if path is not None or masked or unit_rule is not None:
+            raise TypeError(
+                f"{caller}: expected a path alone, or a model, its path and options, found "
+                f"{type(model_or_path).__name__} in the model's place."
+            )
+        return _load_state(model_or_path, device)
+    if path is None:
+        raise TypeError(f"{caller}: expected a path besides the model, found none.")
+    model = model_or_path
+    pruned = next(pruned_tensors(model, caller), None)
+    if pruned is not None:
+        raise RuntimeError(
+            f"{caller}: the model must be dense, found {pruned.label} pruned already: build it "
+            "again, or call remove_all."
+        )
+    own, where = model.state_dict(), f"{caller}: {os.fspath(path)}"
+    with open_weights(path, in_memory=True) as weights:  # from here on nothing can be missing
+        entries, masks_alone = weights.entries, holds_masks_alone(weights)
+        operations = weights.record.operations if weights.record else {}
+        keeps = plan_cuts(model, operations, unit_rule, where)
+        _check_fit(own, shapes_after(model, own, keeps), entries, masks_alone, caller)
+        targets = _targets(model, entries, caller) if masked else {}
+        if masked and not targets:
+            raise ValueError(
+                f"{where} must have masks for masked=True, found whole tensors only: leave it "
+                "out, and prune the model again if it is to keep its zeros."
+            )
+        if weights.record and masks_alone:
+            _check_hashes(own, weights.record.pruned, where)
+        wanted = targets or (entries if masks_alone else ())
+        masks = {name: read_mask(entries[name]).to(own[name].device) for name in wanted}
+        if keeps:  # the model changes before it is filled: nothing may be left to go wrong
+            entries = {name: entry_of(read_values(entry)) for name, entry in entries.items()}
+        changed = [*(target.module for target in targets.values()), *modules_of(keeps)]
+        with all_or_nothing(changed):
+            if keeps:
+                cut_units(keeps)
+                own = model.state_dict()
+            with torch.no_grad():
+                if not masks_alone:
+                    with threaded_map(len(entries)) as map_:
+                        for _ in map_(_put, own.values(), map(entries.get, own)):
+                            pass  # where threads share the work, their errors come out
+                elif not masked:
+                    for name, mask in masks.items():
+                        own[name].masked_fill_(~mask, 0.0)
+            for name, target in targets.items():
+                attach(target, prune.Identity(), masks[name])
+    return hold_masks(model)
+
+
+def _load_state(path: _Path, device: torch.device | str) -> dict[str, Tensor]:
+    with open_weights(path, in_memory=True) as weights:
+        refuse_masks_alone(weights, f"load_pruned(): {os.fspath(path)}")
+        return {name: read_values(entry).to(device) for name, entry in weights.entries.items()}
+
+
+def _put(tensor: Tensor, entry: Entry) -> None:
+    """Read an entry into a model's tensor, wherever and of whatever dtype that is."""
+    same = tensor.is_contiguous() and tensor.dtype == entry.kind.dtype
+    if same and tensor.device.type == "cpu":
+        fill(entry, tensor)
+    else:
+        tensor.copy_(read_values(entry))
+
+
+def _check_fit(
+    own: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    entries: Mapping[str, Entry],
+    masks_alone: bool,
+    caller: str,
+) -> None:
+    """Raise unless a file's tensors have the names and shapes that the model's will have."""
+    wrong = [name for name in entries if name not in own]
+    wrong += [] if masks_alone else [name for name in own if name not in entries]
+    wrong += [name for name, e in entries.items() if shapes.get(name, e.kind.shape) != e.kind.shape]
+    if wrong:
+        raise ValueError(
+            f"{caller}: the file and the model must have the same tensors, found "
+            f"{name_some(wrong)} in one of them only or of another shape: build the "
+            "model that the file was written from."
+        )
+    hollow = next((name for name in entries if own[name].is_meta), None)
+    if hollow is not None:
+        raise ValueError(
+            f"{caller}: {hollow} of the model is on the meta device, where nothing can be "
+            "loaded: call model.to_empty(device=...) first."
+        )
+
+
+def _targets(model: nn.Module, entries: Mapping[str, Entry], caller: str) -> dict[str, Layer]:
+    """Return the layers that are to get a mask, by their first name."""
+    targets: dict[tuple[nn.Module, str], Layer] = {}
+    for label in (label for label, entry in entries.items() if entry.masked):
+        place, _, name = label.rpartition(".")
+        layer = Layer(label, model.get_submodule(place), name)
+        check_layer(layer, caller)
+        refuse_taken_names(layer, caller)
+        targets.setdefault((layer.module, name), layer)
+    return {layer.label: layer for layer in targets.values()}
+
+
+def _check_hashes(own: Mapping[str, Tensor], pruned: Mapping[str, Pruned], where: str) -> None:
+    """Raise unless a file's masks belong to these very weights."""
+
+    def matches(name: str) -> bool:
+        digest = hashlib.sha256()
+        for values, _ in entry_of(own[name]).blocks():
+            digest.update(bits_of(values).view(np.uint8).data)
+        return digest.hexdigest() == pruned[name].sha256
+
+    with threaded_map(len(pruned)) as map_:
+        wrong = [name for name, right in zip(pruned, map_(matches, pruned)) if not right]
+    if wrong:
+        raise ValueError(
+            f"{where} must hold masks of the model's weights, found that those of "
+            f"{name_some(wrong)} were made for others: load the weights first that "
+            "were behind the masks when they were saved."
+        )

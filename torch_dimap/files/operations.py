@@ -1,0 +1,112 @@
+"""Units that have left a model: told in a file's record, and cut out of another model.
+
+The record names operations by layer, ``{"blocks.0.attn": {"heads": 3}}``: of this layer
+three heads stay. Which ones they were does not matter to who fills in the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from torch_dimap.files.records import Operations
+from torch_dimap.units import UnitLayer, UnitRule, count_units, describe_units
+
+
+def operations_of(model: nn.Module, rule: UnitRule | None, caller: str) -> Operations:
+    """Return what to do to the dense model to get one of this model's shape.
+
+    Raises:
+        ValueError: if a layer that units were removed from is not as it was then.
+    """
+    found: Operations = {}
+    for count in count_units(model, rule):
+        if count.noted is None:
+            continue
+        if count.units != count.noted or (count.layer is None and count.units):
+            state = "is not described" if count.layer is None else f"has {count.units} now"
+            raise ValueError(
+                f"{caller}: {count.name} must have the {count.noted} {count.kind} that "
+                f"remove_units left, found that it {state}: pass unit_rule= as rule= was passed "
+                "to remove_units, and change such layers by remove_units only."
+            )
+        found.setdefault(count.name, {})[count.kind] = count.units
+    return found
+
+
+def plan_cuts(
+    model: nn.Module, operations: Operations, rule: UnitRule | None, where: str
+) -> dict[UnitLayer, Tensor]:
+    """Say which units of a model go so that as many are left as a file tells.
+
+    Raises:
+        ValueError: if the model cannot have so many.
+    """
+    if not operations:
+        return {}
+    layers = {(layer.name, layer.kind): layer for layer in describe_units(model, rule, where)}
+    empty = {(count.name, count.kind) for count in count_units(model, rule) if not count.units}
+    keeps = {}
+    for name, numbers in operations.items():
+        for kind, units in numbers.items():
+            layer = layers.get((name, kind))
+            if layer is None and not units and (name, kind) in empty:
+                continue
+            if layer is None or layer.obstacle:
+                raise ValueError(
+                    f"{where} tells of {kind[:40]!r} removed from {name[:80]!r}, which "
+                    f"{type(model).__name__} has none to remove of: build the model that the "
+                    "file was written from, and pass unit_rule= if it was slimmed with a rule."
+                )
+            least = 1 if layer.empty is None else 0
+            if not least <= units <= layer.units:
+                raise ValueError(
+                    f"{where} tells that {units} {kind} of {name} stay, which must be between "
+                    f"{least} and {layer.units}: build the model that the file was written from."
+                )
+            if units < layer.units:
+                keeps[layer] = torch.arange(layer.units) < units
+    return keeps
+
+
+def shapes_after(
+    model: nn.Module, state: Mapping[str, Tensor], keeps: Mapping[UnitLayer, Tensor]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's state once it is cut, without cutting it."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    places: dict[nn.Module, list[str]] = {}
+    for place, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(place)
+    for layer, keep in keeps.items():
+        for part in layer.parts:
+            for name in (f"{place}.{part.name}".lstrip(".") for place in places[part.module]):
+                if name in shapes:  # a buffer may be none of the state
+                    shape = list(shapes[name])
+                    shape[part.dim] = part.blocks * int(keep.count_nonzero()) * part.entries
+                    shapes[name] = tuple(shape)
+    return shapes
+
+
+def modules_of(layers: Iterable[UnitLayer]) -> list[nn.Module]:
+    """Return all modules that cutting units of these layers changes."""
+    found: dict[nn.Module, None] = {}
+    for layer in layers:
+        found[layer.module] = None
+        found.update(dict.fromkeys(part.module for part in layer.parts))
+        found.update(dict.fromkeys(attribute.module for attribute in layer.attributes))
+    return list(found)
+
+
+def describe_operations(operations: Operations) -> list[str]:
+    """Tell of a file's operations in a line for each kind."""
+    kinds: dict[str, list[int]] = {}
+    for numbers in operations.values():
+        for kind, number in numbers.items():
+            kinds.setdefault(kind, []).append(number)
+    return [
+        f"slim: {sum(numbers):,} {kind} are left in {len(numbers):,} layers, {min(numbers):,} to "
+        f"{max(numbers):,} in each"
+        for kind, numbers in kinds.items()
+    ]
