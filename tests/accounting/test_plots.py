@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -12,11 +13,15 @@ from torch import nn
 from torch.nn.utils import prune
 
 from torch_dimap import (
+    global_module_aware_structured,
     global_module_aware_unstructured,
+    group_units,
     plot_density,
     plot_histograms,
     plot_masks,
+    plot_units,
     remove_all,
+    remove_units,
 )
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
@@ -203,3 +208,23 @@ def test_plots_without_matplotlib_say_what_to_install(monkeypatch):
     model, groups = ladder(1)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         plot_density(model, groups)
+
+
+def test_plot_units_draws_what_layers_have_left_masked_or_slim(swin):
+    done = global_module_aware_structured(group_units(swin), 0.5, multiple=1, minimum=0)
+    for model in (swin, remove_units(copy.deepcopy(swin))):
+        figure = plot_units(model)
+        (axes,) = figure.axes
+        names = [text.get_text() for text in axes.get_xticklabels()]
+        for kind, dense in (("heads", [2, 2, 4, 4]), ("neurons", [64, 64, 128, 128])):
+            (line,) = (x for x in axes.lines if x.get_label().startswith(kind))
+            assert line.get_label() == f"{kind}, {sum(dense) // 2} of {sum(dense)}"
+            kept = {names[x - 1]: y for x, y in zip(line.get_xdata(), line.get_ydata())}
+            left = done[kind].kept
+            assert kept == {name: left[name] / of for name, of in zip(left, dense)}
+        assert not overlaps(figure)
+
+
+def test_plot_units_of_a_model_without_known_units_says_so():
+    with pytest.raises(ValueError, match="no heads or neurons of Linear are known: pass rule="):
+        plot_units(nn.Linear(2, 2))

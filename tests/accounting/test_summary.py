@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 
@@ -10,7 +11,15 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from torch_dimap import remove_all, summarize
+from torch_dimap import (
+    count_flops,
+    global_module_aware_structured,
+    group_parameters,
+    group_units,
+    remove_all,
+    remove_units,
+    summarize,
+)
 
 
 def small() -> tuple[nn.Sequential, dict[str, list]]:
@@ -28,8 +37,8 @@ def test_summarize_counts_weights_zeros_and_dead_rows_and_columns():
     model, groups = small()
     summary = summarize(model, parameters=groups)
     first, second = summary.layers
-    assert first == ("layer", "0.weight", 12, 7, 1, 1, "a", (3, 4), None, None)
-    assert second == ("layer", "2.weight", 6, 3, 0, 1, "b", (2, 3), None, None)
+    assert first == ("layer", "0.weight", 12, 7, 1, 1, "a", (3, 4), *[None] * 5)
+    assert second == ("layer", "2.weight", 6, 3, 0, 1, "b", (2, 3), *[None] * 5)
     assert [row[:6] for row in summary.groups] == [
         ("group", "a", 12, 7, 1, 1),
         ("group", "b", 6, 3, 0, 1),
@@ -169,3 +178,62 @@ def test_summarize_refuses_the_tensor_behind_a_mask():
     prune.l1_unstructured(net[0], "weight", amount=0.5)
     with pytest.raises(ValueError, match="behind a mask: name the pruned tensor, 'weight'"):
         summarize(net, parameters=[(net[0], "weight_orig")])
+
+
+@pytest.fixture
+def masked_units(swin):
+    """A Swin with dead heads and neurons, and a weight more, zero, in a neuron that lives."""
+    done = global_module_aware_structured(group_units(swin), 0.5, multiple=1, minimum=0)
+    return swin, {**done["heads"].kept, **done["neurons"].kept}
+
+
+def test_summarize_tells_how_many_units_each_layer_has_left(masked_units):
+    swin, kept = masked_units
+    dense = {"heads": 2 + 2 + 4 + 4, "neurons": 2 * 64 + 2 * 128}
+    for model in (swin, remove_units(copy.deepcopy(swin))):
+        summary = summarize(model)
+        for row in summary.layers:
+            assert row.units_kept == kept[row.name.rsplit(".", 2)[0]]
+            assert row.units in (2, 4, 64, 128)
+        assert {row.name: (row.units, row.units_kept) for row in summary.groups} == {
+            "qkv": (dense["heads"], dense["heads"] // 2),
+            "proj": (dense["heads"], dense["heads"] // 2),
+            "mlp": (dense["neurons"], dense["neurons"] // 2),
+        }
+        assert summary.prunable.units is summary.model.units is None
+
+
+def test_summarize_counts_what_removal_leaves_beside_what_masks_leave(masked_units, images):
+    swin, _ = masked_units
+    slim = count_flops(remove_units(copy.deepcopy(swin)), images)
+    before = [(p, p.shape) for p in swin.parameters()], {m: type(m) for m in swin.modules()}
+    summary = summarize(swin, images)
+    assert summary.model.slim_flops == slim.dense < summary.model.flops.dense
+    assert {row.name: row.slim_flops for row in summary.layers} == {
+        name: flops.dense for name, flops in slim.layers.items()
+    }
+    assert sum(row.slim_flops for row in summary.groups) == summary.prunable.slim_flops
+    assert "slim MFLOPs" in str(summary) and "counted with the dead units cut out" in summary.note
+    # The model that was cut for the count is whole again.
+    assert before[0] == [(p, p.shape) for p in swin.parameters()]
+    assert before[1] == {m: type(m) for m in swin.modules()}
+    assert summarize(swin, images) == summary
+
+
+def test_summarize_of_a_slim_model_counts_it_as_it_is(masked_units, images):
+    slim = remove_units(masked_units[0])
+    summary = summarize(slim, images)
+    assert summary.model.slim_flops == summary.model.flops.dense
+
+
+def test_summarize_says_nothing_of_units_where_none_has_gone(swin, images):
+    summary = summarize(swin, images)
+    assert "units" not in str(summary) and "slim" not in str(summary)
+    assert all(row.units is row.slim_flops is None for row in (*summary.layers, summary.model))
+
+
+def test_summarize_does_not_add_heads_to_neurons(masked_units):
+    swin, _ = masked_units
+    pairs = [pair for members in group_parameters(swin).values() for pair in members]
+    (group,) = summarize(swin, parameters=pairs).groups
+    assert group.units is group.units_kept is None

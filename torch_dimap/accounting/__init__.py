@@ -2,7 +2,12 @@
 
 from torch_dimap.accounting.budgets import Budget, prune_to_flops, prune_to_parameters
 from torch_dimap.accounting.flops import FlopCount, Flops, count_flops
-from torch_dimap.accounting.plots import plot_density, plot_histograms, plot_masks
+from torch_dimap.accounting.plots import (
+    plot_density,
+    plot_histograms,
+    plot_masks,
+    plot_units,
+)
 from torch_dimap.accounting.summary import Summary, summarize
 from torch_dimap.accounting.thresholds import check_thresholds
 
@@ -16,6 +21,7 @@ __all__ = [
     "plot_density",
     "plot_histograms",
     "plot_masks",
+    "plot_units",
     "prune_to_flops",
     "prune_to_parameters",
     "summarize",

@@ -1,4 +1,4 @@
-"""The paper's pictures of a pruned model, for any model; the only file that knows matplotlib.
+"""The paper's pictures of a pruned model, for any model, and one of its units.
 
 Every function returns a :class:`matplotlib.figure.Figure`; none shows or saves it.
 """
@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from torch_dimap.accounting.canvas import (
+    add_legend,
+    colours_of,
+    draw_fractions,
+    name_groups,
+    panels_of,
+)
 from torch_dimap.accounting.thresholds import check_thresholds
 from torch_dimap.masking import Layer, Parameters, find_layers_in
+from torch_dimap.units import UnitRule, count_units
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +30,6 @@ if TYPE_CHECKING:
 _BINS = 81
 _QUANTILE = 0.999  # what lies beyond would squeeze the rest into a few bins
 _CELLS = 256  # of an image, each way: as many as a panel has pixels for
-_NAMED = 24  # layers whose names fit below an axis
-_COLOURS = 10  # that can be told apart, and listed in a legend
 _GREY = "0.75"
 
 
@@ -56,7 +62,7 @@ def plot_histograms(
     Source: He and Zhou, ICLR 2024, Fig. 2.
     """
     chosen = _choose(model, layers, parameters, "plot_histograms()")
-    figure, panels = _panels(len(chosen), width=4.2, height=3.0)
+    figure, panels = panels_of(len(chosen), width=4.2, height=3.0)
     legend: dict[str, Any] = {}
     line = None
     for (group, layer, colour), axes in zip(chosen, panels):
@@ -76,7 +82,7 @@ def plot_histograms(
         axes.locator_params(axis="x", nbins=5)
     if line is not None:
         legend["cut"] = line
-    _legend(figure, list(legend.values()), list(legend))
+    add_legend(figure, list(legend.values()), list(legend))
     return figure
 
 
@@ -104,41 +110,58 @@ def plot_density(
     Source: He and Zhou, ICLR 2024, Fig. 5.
     """
     layers = _in_order(model, parameters, "plot_density()")
-    groups = list(dict.fromkeys(group for group, _, _ in layers))
-    check_thresholds(thresholds, groups, "plot_density()")
+    colours = {group: colour for group, _, colour in layers}
+    check_thresholds(thresholds, colours, "plot_density()")
+    known = thresholds or {}
+    labels = {
+        group: f"{group}, threshold {known[group]:.2e}" if group in known else group
+        for group in colours
+    }
     density = [_density(layer) for _, layer, _ in layers]
-    named = len(layers) <= _NAMED
-    names = max(len(layer.label) for _, layer, _ in layers) if named else 0
-    width = min(16.0, max(6.4, 0.1 * len(layers)))
-    figure, (axes,) = _panels(1, width, height=3.6 + 0.06 * names)
-    for group in groups:
-        at = [i for i, (own, _, _) in enumerate(layers) if own == group]
-        threshold = (thresholds or {}).get(group)
-        axes.plot(
-            [i + 1 for i in at],
-            [density[i] for i in at],
-            marker="o",
-            markersize=6 if named else 3.5,
-            linewidth=0.8,
-            color=layers[at[0]][2],
-            label=group if threshold is None else f"{group}, threshold {threshold:.2e}",
-        )
+    points = [(group, layer.label, d) for (group, layer, _), d in zip(layers, density)]
+    figure, axes = draw_fractions(points, colours, labels)
     sizes = [layer.parameter.numel() for _, layer, _ in layers]
     mean = float(np.average(density, weights=sizes)) if sum(sizes) else 0.0
     axes.axhline(mean, color="0.4", linestyle=":", label=f"all prunable weights, {mean:.3f}")
-    axes.set(ylabel="density (fraction of weights kept)", ylim=(-0.03, 1.03))
-    axes.grid(axis="y", alpha=0.3)
-    if named:
-        labels = [layer.label for _, layer, _ in layers]
-        axes.set_xticks(range(1, len(layers) + 1), labels, rotation=60, fontsize="small")
-        for text in axes.get_xticklabels():
-            text.set(horizontalalignment="right", rotation_mode="anchor")
-    else:
-        axes.set(xlabel="layer, in the order of the model", xlim=(0, len(layers) + 1))
-    if len(groups) > _COLOURS:
-        axes.set_title(f"{len(groups)} groups", fontsize="medium")
-    else:
-        _legend(figure, *axes.get_legend_handles_labels())
+    axes.set(ylabel="density (fraction of weights kept)")
+    name_groups(figure, axes, len(colours))
+    return figure
+
+
+def plot_units(model: nn.Module, rule: UnitRule | None = None) -> Figure:
+    """Draw the fraction of its heads or neurons that every layer keeps, in order.
+
+    Units count as gone if they have been removed, or if they are dead: if masks or zeros
+    leave nothing of them to be read.
+
+    Args:
+        model: masked, slim or both; it is only read.
+        rule: as for :func:`torch_dimap.group_units`.
+
+    Returns:
+        A figure with a point for each layer, coloured by the kind of its units, and with
+        their numbers in the legend. Axes: layer; fraction of units.
+
+    Raises:
+        ValueError: if no units of the model are known.
+        ImportError: if matplotlib is not installed.
+    """
+    counts = [(count, count.alive) for count in count_units(model, rule)]
+    if not counts:
+        raise ValueError(
+            f"plot_units(): no heads or neurons of {type(model).__name__} are known: pass rule= "
+            "to describe the units of your own classes."
+        )
+    kinds = list(dict.fromkeys(count.kind for count, _ in counts))
+    labels = {}
+    for kind in kinds:
+        own = [(alive, count.dense) for count, alive in counts if count.kind == kind]
+        alive, dense = map(sum, zip(*own))
+        labels[kind] = f"{kind}, {alive:,} of {dense:,}"
+    points = [(count.kind, count.name, alive / count.dense) for count, alive in counts]
+    figure, axes = draw_fractions(points, dict(zip(kinds, colours_of(len(kinds)))), labels)
+    axes.set(ylabel="fraction of units kept")
+    name_groups(figure, axes, len(kinds))
     return figure
 
 
@@ -168,7 +191,7 @@ def plot_masks(
     Source: He and Zhou, ICLR 2024, Fig. 6.
     """
     chosen = _choose(model, layers, parameters, "plot_masks()")
-    figure, panels = _panels(len(chosen), width=4.2, height=3.8)
+    figure, panels = panels_of(len(chosen), width=4.2, height=3.8)
     for (group, layer, _), axes in zip(chosen, panels):
         alive = (layer.weight != 0).cpu()
         alive = alive.flatten(1) if alive.dim() > 1 else alive.reshape(-1, 1)
@@ -186,28 +209,8 @@ def plot_masks(
     return figure
 
 
-def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib, which is not installed: pip install matplotlib."
-        ) from error
-    columns = min(count, 4 if count > 6 else 2)
-    rows = math.ceil(count / columns)
-    size = (columns * width, rows * height + 0.6)  # and a legend above
-    figure = Figure(figsize=size, layout="constrained")
-    panels = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
-    return figure, panels
-
-
 def _title(axes: Axes, layer: Layer, note: str) -> None:
     axes.set_title(f"{layer.label}\n{note}", fontsize="small")
-
-
-def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    columns = max(1, int(figure.get_figwidth() // 2.6))  # inches that an entry may take
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize="small")
 
 
 def _in_order(
@@ -216,17 +219,11 @@ def _in_order(
     """Return group, layer and colour of all layers, in the order of the model."""
     groups = find_layers_in(model, parameters, caller)
     place = {module: i for i, module in enumerate(model.modules())}
-    colours = dict(zip(groups, _colours(len(groups))))
+    colours = dict(zip(groups, colours_of(len(groups))))
     listed = [(group, layer, colours[group]) for group in groups for layer in groups[group]]
     if not listed:
         raise ValueError(f"{caller}: parameters lists no layer, so there is nothing to draw.")
     return sorted(listed, key=lambda entry: place[entry[1].module])
-
-
-def _colours(count: int) -> list[Any]:
-    if count <= _COLOURS:
-        return [f"C{i}" for i in range(count)]
-    return [(0.9 * i / count, 0.3, 0.9 - 0.9 * i / count) for i in range(count)]
 
 
 def _choose(
