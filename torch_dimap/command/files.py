@@ -18,7 +18,7 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
     _add_files(parser)
     parser.add_argument(
         "--amount",
-        type=_amount,
+        type=amount_of,
         required=True,
         metavar="A",
         help="how much goes: with a point, the fraction of every group (0.55); without, the "
@@ -86,8 +86,8 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
-def _amount(text: str) -> float:
-    """Tell a number of weights from a fraction by its point."""
+def amount_of(text: str) -> float:
+    """Tell a number of weights or units from a fraction by its point."""
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 

@@ -2,15 +2,69 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
-from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from torch_dimap.files import open_weights, read_values, refuse_masks_alone
+from torch_dimap.files import load_pruned, open_weights, read_values, refuse_masks_alone
 from torch_dimap.text import name_some
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a model, or a file and the model that it is of."""
+    parser.add_argument(
+        "source",
+        metavar="MODEL_OR_FILE",
+        help="a model of timm by name, or a checkpoint: safetensors, or what torch.save wrote",
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="the timm model that the file's weights are of"
+    )
+    parser.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="load timm's weights for a model given by name (default: random weights)",
+    )
+    parser.add_argument("--num-classes", type=int, metavar="N", help="of the model's head")
+    parser.add_argument(
+        "--img-size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the image to count FLOPs for (default: the model's own)",
+    )
+
+
+def open_model(arguments: argparse.Namespace) -> nn.Module:
+    """Build the model that the arguments name, with the weights of the file if there is one.
+
+    Raises:
+        ValueError: if they contradict each other, or the file does not fit the model.
+    """
+    source, name = arguments.source, arguments.model
+    is_file = os.path.isfile(source)
+    if is_file and arguments.pretrained or bool(name) != is_file:
+        raise ValueError(
+            "--model and a file go together, and so do --pretrained and a model's name; "
+            f"{source!r} is {'a file' if is_file else 'no file'}."
+        )
+    settings = {"num_classes": arguments.num_classes, "img_size": arguments.img_size}
+    given = {key: value for key, value in settings.items() if value is not None}
+    model = build(name or source, arguments.pretrained, **given)
+    if is_file:
+        load_weights(model, source)
+    return model
+
+
+def image_for(model: nn.Module, arguments: argparse.Namespace) -> Tensor:
+    """Return a batch of one black image of the size that a model takes."""
+    config: Any = getattr(model, "pretrained_cfg", {})
+    channels, *sides = config.get("input_size", (3, 224, 224))
+    size = [arguments.img_size] * 2 if arguments.img_size else sides
+    return torch.zeros(1, channels, *size)
 
 
 def build(name: str, pretrained: bool = False, **settings: Any) -> nn.Module:
@@ -63,20 +117,28 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         return {name: read_values(entry) for name, entry in weights.entries.items()}
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
-    """Copy weights into a model that has the same parameters; its buffers may differ.
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a file into a dense model that has the same parameters; its buffers may differ.
+
+    The file of a slim model makes the model slim.
 
     Raises:
-        ValueError: if a parameter is missing in ``weights``, or of another shape.
+        ValueError: if a parameter is missing in the file, or of another shape.
     """
+    with open_weights(path) as weights:
+        slim = weights.record is not None and weights.record.operations
+    if slim:
+        load_pruned(model, path)
+        return
+    state = read_weights(path)
     own = dict(model.named_parameters())
-    wrong = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
+    wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
     if wrong:
         raise ValueError(
             f"{path} must hold all parameters of {type(model).__name__}, found "
             f"{name_some(wrong)} missing or of another shape: name the model that the "
             "file was written from, with its number of classes."
         )
-    state = model.state_dict()
-    fitting = {k: v for k, v in weights.items() if k in state and state[k].shape == v.shape}
+    known = model.state_dict()
+    fitting = {k: v for k, v in state.items() if k in known and known[k].shape == v.shape}
     model.load_state_dict(fitting, strict=False)

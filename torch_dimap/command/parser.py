@@ -7,14 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-import torch
+from typing import NamedTuple
 
 from torch_dimap import __version__
 from torch_dimap.accounting import Summary, summarize
 from torch_dimap.command import files as file_commands
-from torch_dimap.command.models import build, load_weights, read_weights
+from torch_dimap.command.models import add_source, image_for, open_model, read_weights
+from torch_dimap.command.slim import add_slim, slim
 from torch_dimap.command.table1 import PAPER, table1, table1_cells
 from torch_dimap.files import skeleton
 from torch_dimap.text import aligned, markdown
@@ -29,28 +28,7 @@ class Command(NamedTuple):
 
 
 def _summarize_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source",
-        metavar="MODEL_OR_FILE",
-        help="a model of timm by name, or a checkpoint: safetensors, or what torch.save wrote",
-    )
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="the timm model that the file's weights are of; with it FLOPs are counted",
-    )
-    parser.add_argument(
-        "--pretrained",
-        action="store_true",
-        help="load timm's weights for a model given by name (default: random weights)",
-    )
-    parser.add_argument("--num-classes", type=int, metavar="N", help="of the model's head")
-    parser.add_argument(
-        "--img-size",
-        type=int,
-        metavar="PIXELS",
-        help="side of the image to count FLOPs for (default: the model's own)",
-    )
+    add_source(parser)
     parser.add_argument("--no-flops", action="store_true", help="count weights only")
     parser.add_argument(
         "--format", choices=FORMATS, default="text", help="of the table (default: %(default)s)"
@@ -66,14 +44,8 @@ FORMATS: dict[str, Callable[[Summary], str]] = {
 
 
 def _summarize(arguments: argparse.Namespace) -> str:
-    source, name = arguments.source, arguments.model
-    is_file = os.path.isfile(source)
-    if is_file and arguments.pretrained or name and not is_file:
-        raise ValueError(
-            "--model and a file go together, and so do --pretrained and a model's name; "
-            f"{source!r} is {'a file' if is_file else 'no file'}."
-        )
-    if is_file and not name:
+    source = arguments.source
+    if os.path.isfile(source) and not arguments.model and not arguments.pretrained:
         for option in ("num_classes", "img_size", "no_flops"):
             if getattr(arguments, option):
                 raise ValueError(
@@ -81,17 +53,8 @@ def _summarize(arguments: argparse.Namespace) -> str:
                     f"which model the weights in {source} are."
                 )
         return FORMATS[arguments.format](summarize(skeleton(read_weights(source))))
-    settings = {"num_classes": arguments.num_classes, "img_size": arguments.img_size}
-    given = {key: value for key, value in settings.items() if value is not None}
-    model = build(name or source, arguments.pretrained, **given)
-    if is_file:
-        load_weights(model, read_weights(source), source)
-    inputs = None
-    if not arguments.no_flops:
-        config: Any = getattr(model, "pretrained_cfg", {})
-        channels, *sides = config.get("input_size", (3, 224, 224))
-        size = [arguments.img_size] * 2 if arguments.img_size else sides
-        inputs = torch.zeros(1, channels, *size)
+    model = open_model(arguments)
+    inputs = None if arguments.no_flops else image_for(model, arguments)
     return FORMATS[arguments.format](summarize(model, inputs))
 
 
@@ -130,6 +93,11 @@ COMMANDS = {
         "prune the weights in a file, without their model",
         file_commands.add_prune,
         file_commands.prune,
+    ),
+    "slim": Command(
+        "remove whole heads and neurons from a model, so that it runs faster",
+        add_slim,
+        slim,
     ),
     "expand": Command(
         "write a file with masks as one with whole tensors, zeros in them",

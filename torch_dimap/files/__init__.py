@@ -3,12 +3,14 @@
 from torch_dimap.files.entries import read_values
 from torch_dimap.files.inspecting import inspect_checkpoint
 from torch_dimap.files.loading import load_pruned
+from torch_dimap.files.replacing import check_target
 from torch_dimap.files.saving import save_pruned
 from torch_dimap.files.skeletons import skeleton
 from torch_dimap.files.stored import open_weights, refuse_masks_alone
 from torch_dimap.files.streaming import expand_checkpoint, prune_checkpoint
 
 __all__ = [
+    "check_target",
     "expand_checkpoint",
     "inspect_checkpoint",
     "load_pruned",

@@ -1,0 +1,59 @@
+"""Slim models leave torch: the exported program and ONNX Runtime give the same outputs."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from conftest import make_swin
+from torch import nn
+from torch.nn.utils import prune
+
+from torch_dimap import global_module_aware_structured, group_units, remove_units
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def make_vit() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, in_chans=1, num_classes=10,
+        embed_dim=32, depth=2, num_heads=4,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=[make_swin, make_vit], ids=["swin", "vit"])
+def slim(request):
+    """A model with uneven numbers of units, and a layer without any."""
+    model = request.param().eval()
+    units = group_units(model)
+    global_module_aware_structured(
+        units, 0.5, multiple=1, minimum=0, pruning_method=prune.RandomUnstructured
+    )
+    return remove_units(model)
+
+
+def assert_same(found, expected):
+    assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+def test_a_slim_model_is_exported_by_torch(slim, images):
+    program = torch.export.export(slim, (images,))
+    assert_same(program.module()(images), slim(images))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="needs the exporter of torch 2.7")
+def test_a_slim_model_gives_the_same_in_onnx_runtime(slim, images, tmp_path):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason=f"export to ONNX needs {package}")
+    runtime = pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
+    program = torch.onnx.export(
+        slim, (images,), dynamo=True, verbose=False,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )  # fmt: skip
+    program.save(tmp_path / "slim.onnx")
+    session = runtime.InferenceSession(tmp_path / "slim.onnx", providers=["CPUExecutionProvider"])
+    (feed,) = session.get_inputs()
+    for batch in (images, images[:3]):
+        (found,) = session.run(None, {feed.name: batch.numpy()})
+        assert_same(torch.from_numpy(found), slim(batch))
