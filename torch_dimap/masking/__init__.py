@@ -26,6 +26,7 @@ from torch_dimap.masking.targets import (
     Scores,
     check_layer,
     check_values,
+    find_layers,
     find_layers_in,
     refuse_taken_names,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "check_values",
     "count_to_prune",
     "dimap_unstructured",
+    "find_layers",
     "find_layers_in",
     "global_module_aware_unstructured",
     "group_parameters",
