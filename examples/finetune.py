@@ -8,9 +8,11 @@ The defaults are the paper's recipe: AdamW, 30 epochs, learning rate up from 2e-
     torchrun --nproc-per-node 8 examples/finetune.py ...       on eight GPUs
     python examples/finetune.py ... --resume                   after an interruption
     python examples/finetune.py ... --random-init --amount 0   trains a dense model
+    python examples/finetune.py ... --method units             whole heads and neurons, for speed
 
 OUTPUT/log.csv has a row per epoch; OUTPUT/last.pth is what --resume continues from, written
 after every epoch; OUTPUT/model.safetensors is the baked model, for timm's checkpoint_path.
+With --method units OUTPUT/slim.safetensors too: the weights without the units that are gone.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from images import (
     test_loader,
     training_loader,
 )
-from methods import METHODS, cubic_schedule, prune_to
+from methods import METHODS, UNITS, cubic_schedule, prune_to
 from models import (
     add_model_kwargs_argument,
     add_weights_arguments,
@@ -78,9 +80,11 @@ def parse() -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="DIR", help="a new folder for the results")
     add("--resume", action="store_true", help="go on from DIR/last.pth of the same command")
     add("--amount", type=float, required=True, metavar="A",
-        help="the fraction of the prunable weights to remove, 0 to 1; 0 trains a dense model")
-    add("--method", choices=[name for name, (_, by) in METHODS.items() if by != "gradient"],
-        default="dimap", help="what is ranked, and against what (default: dimap)")
+        help="the fraction of the prunable weights to remove, 0 to 1, or with --method units of "
+        "the heads and of the neurons; 0 trains a dense model")
+    add("--method", default="dimap",
+        choices=[*(name for name, (_, by) in METHODS.items() if by != "gradient"), UNITS],
+        help="what is ranked, and against what (default: dimap)")
     add("--steps", type=int, default=1, metavar="N",
         help="reach the amount in N rounds over the epochs, along a cubic curve (default: 1)")
     add("--epochs", type=int, default=30, help="(default: 30)")
@@ -182,7 +186,10 @@ def build(options: argparse.Namespace, classes: int, state: dict | None) -> nn.M
         num_classes=classes, **options.model_kwargs,
     )  # fmt: skip
     try:
-        torch_dimap.group_parameters(model)
+        if options.method == UNITS:
+            torch_dimap.group_units(model)
+        else:
+            torch_dimap.group_parameters(model)
     except ValueError as error:
         fail(str(error))
     return model.to(options.device)
@@ -272,6 +279,10 @@ def run(options: argparse.Namespace) -> None:
     if rank == 0:
         save_model(torch_dimap.remove_all(training.tested), options.output / "model.safetensors")
         print(f"top-1 {top1:.2f} %; baked model: {options.output / 'model.safetensors'}")
+        if options.method == UNITS and options.amount:
+            slim = options.output / "slim.safetensors"
+            save_model(torch_dimap.remove_units(training.tested), slim)
+            print(f"without the units that are gone: {slim}")
 
 
 def main() -> None:

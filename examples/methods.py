@@ -48,6 +48,7 @@ METHODS = {
     "per stage": ("stage", "dimap"),
     "per type": ("type", "dimap"),
 }
+UNITS = "units"  # whole attention heads and MLP neurons, each kind ranked among itself
 
 
 def regroup(model: nn.Module, grouping: str) -> Groups:
@@ -66,7 +67,12 @@ def prune_to(
     amount: float,
     importance_scores: Mapping[tuple[nn.Module, str], Tensor] | None = None,
 ) -> dict[str, float]:
-    """Prune until the share ``amount`` of each group is gone, counting what went before."""
+    """Prune until the share ``amount`` of each group is gone, counting what went before.
+
+    By ``UNITS`` it is the share of all heads and of all neurons, and whole units are masked.
+    """
+    if method == UNITS:
+        return mask_units_to(model, amount)
     grouping, ranking = METHODS[method]
     groups = regroup(model, grouping)
     counts = {}
@@ -78,6 +84,18 @@ def prune_to(
     return torch_dimap.global_module_aware_unstructured(
         groups, RANKINGS[ranking], importance_scores, amount=counts
     )
+
+
+def mask_units_to(model: nn.Module, amount: float) -> dict[str, float]:
+    """Mask heads and neurons until the share ``amount`` of each kind is gone."""
+    groups = torch_dimap.group_units(model)
+    counts = {}
+    for group, layers in groups.items():
+        left = sum(int(layer.unmasked().count_nonzero()) for layer in layers)
+        gone = sum(layer.units for layer in layers) - left
+        counts[group] = max(0, round(amount * (left + gone)) - gone)
+    done = torch_dimap.global_module_aware_structured(groups, counts)
+    return {group: kept.threshold for group, kept in done.items()}
 
 
 def cubic_schedule(amount: float, rounds: int) -> list[float]:

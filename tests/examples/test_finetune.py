@@ -21,6 +21,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from small_swin import KWARGS, PRUNABLE, SMALL, SWIN
 
+import torch_dimap
+
 EXAMPLES = Path(finetune.__file__).parent
 # Without chance in the images, processes and batches can be told apart by rounding alone.
 PLAIN = ["--augmentation", "none", "--amp", "none"]
@@ -99,6 +101,40 @@ def test_finetune_without_an_amount_trains_a_dense_model(data, tmp_path, run):
     assert column(tmp_path / "out", "zeros") == [0, 0, 0]
     model = timm.create_model(SWIN, num_classes=2, **SMALL)
     model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_finetune_masks_whole_units_and_saves_the_model_without_them(
+    data, tmp_path, run, monkeypatch
+):
+    words = ("--amount", 0.5, "--steps", 2, "--method", "units", "--ema-decay", 0.5)
+    whole, broken = (arguments(data, tmp_path / name, *words) for name in ("whole", "broken"))
+    run(*whole)
+    # 2 and 4 heads, 64 and 128 neurons: half of both kinds.
+    model, slim = (
+        timm.create_model(SWIN, num_classes=2, **SMALL),
+        load_file(tmp_path / "whole" / "slim.safetensors"),
+    )
+    model.load_state_dict(load_file(tmp_path / "whole" / "model.safetensors"))
+    torch_dimap.remove_units(model)
+    torch.testing.assert_close(dict(model.state_dict()), slim, rtol=0, atol=0)
+    units = torch_dimap.group_units(model)
+    assert {kind: sum(x.units for x in layers) for kind, layers in units.items()} == {
+        "heads": 3, "neurons": 96,
+    }  # fmt: skip
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    save = finetune.save
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(finetune, "save", save_and_stop)
+        run(*broken)
+    assert len(log(tmp_path / "broken")) == 1
+    run(*broken, "--resume")
+    assert column(tmp_path / "broken", "loss") == column(tmp_path / "whole", "loss")
+    one, other = (tmp_path / name / "slim.safetensors" for name in ("whole", "broken"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
