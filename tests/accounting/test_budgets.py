@@ -19,7 +19,7 @@ from torch_dimap import (
     prune_to_parameters,
     summarize,
 )
-from torch_dimap.accounting.budgets import _smallest
+from torch_dimap.accounting.smallest import smallest
 
 
 def costly_first() -> tuple[nn.Sequential, dict[str, list]]:
@@ -126,7 +126,7 @@ def test_smallest_finds_a_single_step_without_trying_all(first, low, high):
         tried.append(step)
         return low if step >= first else high
 
-    assert _smallest(function, 10, 1_000_000) == (first, low)
+    assert smallest(function, 10, 1_000_000) == (first, low)
     assert len(tried) < 70
 
 

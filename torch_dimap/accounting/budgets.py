@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from torch_dimap.accounting.flops import count_flops, weighted_flops
+from torch_dimap.accounting.smallest import absolute, check_fixed, smallest
 from torch_dimap.masking import (
     Layer,
     Pair,
     Parameters,
     Scores,
-    check_amount,
     check_values,
     count_to_prune,
     find_layers_in,
@@ -147,8 +145,8 @@ class _Plan(NamedTuple):
 def _prune(plan: _Plan, target: float, fixed: Mapping[str, float] | None) -> Budget:
     values = check_values(plan.layers, plan.importance_scores, plan.caller)
     unpruned = {g: sum(layer.unpruned for layer in layers) for g, layers in plan.layers.items()}
-    wanted = _absolute(target, plan)
-    amount = _check_fixed(fixed or {}, unpruned, plan.caller)
+    wanted = absolute(target, plan.whole, plan.unit, plan.caller)
+    amount = check_fixed(fixed or {}, unpruned, plan.caller)
 
     def left(group: str, amount: float) -> int:
         count = count_to_prune(amount, unpruned[group], f"{plan.caller}: fixed[{group!r}]")
@@ -164,44 +162,12 @@ def _prune(plan: _Plan, target: float, fixed: Mapping[str, float] | None) -> Bud
     free = [group for group in unpruned if group not in amount]
     steps = max(1, *(unpruned[group] for group in free))
     # In steps of one weight of the largest group, which are at most one of any other.
-    step, reached = _smallest(
+    step, reached = smallest(
         lambda step: bound + sum(left(group, step / steps) for group in free), wanted, steps
     )
     amount = {group: amount.get(group, step / steps) for group in unpruned}
     thresholds = prune_layers(plan.layers, values, amount, plan.caller)
     return Budget(amount, thresholds, wanted, reached)
-
-
-def _absolute(target: Any, plan: _Plan) -> int:
-    if isinstance(target, bool) or not isinstance(target, numbers.Real):
-        raise TypeError(
-            f"{plan.caller}: target must be an int (a number of {plan.unit}) or a float (a "
-            f"fraction of the dense model's), found {type(target).__name__}."
-        )
-    if isinstance(target, numbers.Integral):
-        return int(target)
-    if not 0.0 <= float(target) <= 1.0:  # NaN fails it too
-        raise ValueError(
-            f"{plan.caller}: target as a float must lie in [0, 1], found {target}: "
-            f"a number of {plan.unit} is given as an int."
-        )
-    return math.floor(float(target) * plan.whole)
-
-
-def _check_fixed(fixed: Any, unpruned: Mapping[str, int], caller: str) -> dict[str, float]:
-    if not isinstance(fixed, Mapping):
-        raise TypeError(
-            f"{caller}: fixed must be a mapping group -> amount, found {type(fixed).__name__}."
-        )
-    unknown = [group for group in fixed if group not in unpruned]
-    if unknown or len(fixed) == len(unpruned):
-        raise ValueError(
-            f"{caller}: fixed must name some of the groups {list(unpruned)} and leave at least "
-            f"one free, found {list(fixed)}."
-        )
-    for group, amount in fixed.items():
-        check_amount(amount, f"{caller}: fixed[{group!r}]")
-    return dict(fixed)
 
 
 def _left(plan: _Plan, group: str, values: list[Tensor], count: int) -> int:
@@ -216,32 +182,3 @@ def _left(plan: _Plan, group: str, values: list[Tensor], count: int) -> int:
         kept = int((keep & (layer.parameter != 0)).count_nonzero())
         total += weighted_flops(plan.costs[layer.label], kept, keep.numel())
     return total
-
-
-def _smallest(function: Callable[[int], int], bound: int, high: int) -> tuple[int, int]:
-    """Return the smallest step whose value is at most ``bound``, and that value.
-
-    ``function`` never rises, is low enough at ``high``, and costly. It is smooth but for
-    its last digits, so regula falsi (the Illinois variant) needs a dozen values of it;
-    where it is not, halving takes over.
-    """
-    low, value, reached = 0, function(0), function(high)
-    if value <= bound:
-        return 0, value
-    root = bound + 0.5  # between two values: neither end may sit on the root
-    above, below = value - root, root - reached
-    moved, stalled = "", 0
-    while high - low > 1:
-        width = high - low
-        share = above / (above + below) if stalled < 3 else 0.5
-        middle = min(max(low + round(width * share), low + 1), high - 1)
-        value = function(middle)
-        # An end that stays twice running pulls the next guess towards itself.
-        if value > bound:
-            below /= 2 if moved == "low" else 1
-            low, above, moved = middle, value - root, "low"
-        else:
-            above /= 2 if moved == "high" else 1
-            high, below, moved, reached = middle, root - value, "high", value
-        stalled = stalled + 1 if 2 * (high - low) > width + 1 else 0
-    return high, reached

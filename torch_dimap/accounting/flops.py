@@ -121,6 +121,11 @@ def weighted_flops(flops: int, kept: int, weights: int) -> int:
     return (2 * flops * kept + weights) // (2 * weights) if weights else 0
 
 
+def flops_by_module(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Counter[str]:
+    """Count the multiply-adds of a dense forward by module, "" being the model itself."""
+    return _analyse(model, inputs, [], {}).by_module()
+
+
 def _trace(
     model: nn.Module,
     inputs: Any,
@@ -128,6 +133,21 @@ def _trace(
     op_handles: Mapping[str, Handle | None],
 ) -> tuple[int, Counter[str]]:
     """Return the FLOPs of a dense forward, in all and by the label of the weight."""
+    analysis = _analyse(model, inputs, layers, op_handles)
+    dense = Counter({layer.label: 0 for layer in layers})
+    for key, count in analysis.by_operator().items():
+        if isinstance(key, Layer):
+            dense[key.label] += int(count)
+    return int(analysis.total()), dense
+
+
+def _analyse(
+    model: nn.Module,
+    inputs: Any,
+    layers: list[Layer],
+    op_handles: Mapping[str, Handle | None],
+) -> Any:
+    """Trace a dense forward with fvcore, and refuse what it cannot count."""
     with warnings.catch_warnings():  # the import scripts functions, which torch deprecates
         warnings.simplefilter("ignore", FutureWarning)
         from fvcore.nn import FlopCountAnalysis
@@ -137,13 +157,9 @@ def _trace(
         analysis = FlopCountAnalysis(model, inputs)
         analysis.set_op_handle(**{**product_handles(model, layers), **op_handles})
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        total = analysis.total()
+        analysis.total()  # traces now, and keeps the counts
     refuse_unknown(analysis.unsupported_ops())
-    dense = Counter({layer.label: 0 for layer in layers})
-    for key, count in analysis.by_operator().items():
-        if isinstance(key, Layer):
-            dense[key.label] += int(count)
-    return int(total), dense
+    return analysis
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What goes whole? Attention heads and neurons: described, masked, and removed."""
 
+from torch_dimap.units.attaching import mask_units
 from torch_dimap.units.counts import UnitCount, count_units
 from torch_dimap.units.description import Attribute, Part, UnitLayer
 from torch_dimap.units.grouping import (
@@ -8,7 +9,12 @@ from torch_dimap.units.grouping import (
     describe_units,
     group_units,
 )
-from torch_dimap.units.masks import KeptUnits, global_module_aware_structured
+from torch_dimap.units.masks import (
+    KeptUnits,
+    UnitPlan,
+    global_module_aware_structured,
+    plan_units,
+)
 from torch_dimap.units.removal import cut_units, remove_units
 from torch_dimap.units.scores import unit_norms
 
@@ -18,6 +24,7 @@ __all__ = [
     "Part",
     "UnitCount",
     "UnitLayer",
+    "UnitPlan",
     "UnitRule",
     "builtin_unit_rule",
     "count_units",
@@ -25,6 +32,8 @@ __all__ = [
     "describe_units",
     "global_module_aware_structured",
     "group_units",
+    "mask_units",
+    "plan_units",
     "remove_units",
     "unit_norms",
 ]

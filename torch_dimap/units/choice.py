@@ -68,6 +68,15 @@ def choose_units(
     return keeps, threshold
 
 
+def most_units(layers: Sequence[LayerScores], minimum: int) -> int:
+    """Return how many units can go where each layer keeps ``minimum`` in whole multiples."""
+    return sum(
+        end - start
+        for layer in layers
+        for start, end in _steps(int(layer.unmasked.count_nonzero()), minimum, layer.multiple)
+    )
+
+
 def _removal_order(layer: LayerScores) -> Tensor:
     """Return the unmasked units in the order in which they would go."""
     candidates = layer.unmasked.nonzero().squeeze(1).flip(0)

@@ -13,17 +13,12 @@ from torch.nn.utils import prune
 from torch_dimap.masking import (
     SINGLE_GROUP,
     DimapUnstructured,
-    all_or_nothing,
     amounts_by_group,
-    attach,
-    check_values,
     count_to_prune,
-    find_layers,
-    hold,
-    known_readers,
 )
 from torch_dimap.selection import check_finite, dimap_scores
-from torch_dimap.units.choice import LayerScores, choose_units
+from torch_dimap.units.attaching import mask_units
+from torch_dimap.units.choice import LayerScores, choose_units, most_units
 from torch_dimap.units.description import NEURONS, UnitLayer
 from torch_dimap.units.scores import unit_norms
 
@@ -35,26 +30,6 @@ RANKINGS: dict[Any, Callable[[Tensor], Tensor]] = {
     prune.L1Unstructured: torch.abs,
     prune.RandomUnstructured: torch.rand_like,
 }
-
-
-class WholeUnits(prune.BasePruningMethod):
-    """Mask all slices of a tensor along ``dim`` that are not among those to keep.
-
-    Args:
-        keep: one flag per slice.
-        dim: along which dimension the slices lie.
-    """
-
-    PRUNING_TYPE = "structured"
-
-    def __init__(self, keep: Tensor, dim: int) -> None:
-        self.keep = keep
-        self.dim = dim
-
-    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """Return ``default_mask`` with zeros in the slices that are not kept."""
-        shape = [-1 if i == self.dim else 1 for i in range(default_mask.dim())]
-        return default_mask * self.keep.view(shape).to(default_mask.dtype)
 
 
 class KeptUnits(NamedTuple):
@@ -123,40 +98,77 @@ def global_module_aware_structured(
         >>> done["heads"].pruned, sum(done["neurons"].kept.values())
         (3, 1152)
     """
-    groups = _check_units(units)
-    _check_numbers(minimum, multiple)
-    ranked = _rank(groups, importance_scores, pruning_method, multiple)
-    totals = {
-        group: sum(int(layer.unmasked.count_nonzero()) for layer in layers)
-        for group, layers in ranked.items()
-    }
-    amounts = amounts_by_group(amount, totals, f"{CALL}: amount")
-    keeps: dict[str, list[Tensor]] = {}
-    done: dict[str, KeptUnits] = {}
-    for group, layers in ranked.items():
-        count = count_to_prune(amounts[group], totals[group], f"{CALL}: amount")
-        try:
-            keeps[group], threshold = choose_units(layers, count, minimum)
-        except ValueError as error:
-            raise ValueError(
-                f"{CALL}: of {group!r} {error}: lower amount, minimum or multiple."
-            ) from None
-        kept = {
-            layer.name: int(keep.count_nonzero())
-            for layer, keep in zip(groups[group], keeps[group])
-        }
-        done[group] = KeptUnits(threshold, totals[group] - sum(kept.values()), kept)
-    _mask(groups, keeps)
+    plan = plan_units(units, importance_scores, minimum, multiple, pruning_method, CALL)
+    keeps, done = plan.choose(amounts_by_group(amount, plan.unmasked, f"{CALL}: amount"))
+    mask_units(plan.groups, keeps, CALL)
     return done
 
 
-def _check_units(
+class UnitPlan(NamedTuple):
+    """Unit layers that are checked and ranked, before anything is masked."""
+
+    caller: str
+    groups: dict[str, list[UnitLayer]]
+    scores: dict[str, list[LayerScores]]
+    minimum: int
+
+    @property
+    def unmasked(self) -> dict[str, int]:
+        """Group -> how many units no mask has taken yet."""
+        return {
+            group: sum(int(layer.unmasked.count_nonzero()) for layer in layers)
+            for group, layers in self.scores.items()
+        }
+
+    @property
+    def most(self) -> dict[str, int]:
+        """Group -> how many of these can go at most."""
+        return {group: most_units(x, self.minimum) for group, x in self.scores.items()}
+
+    def choose(
+        self, amounts: Mapping[str, float]
+    ) -> tuple[dict[str, list[Tensor]], dict[str, KeptUnits]]:
+        """Say for an amount of each group which units stay: one flag per unit and layer."""
+        keeps: dict[str, list[Tensor]] = {}
+        done: dict[str, KeptUnits] = {}
+        for group, total in self.unmasked.items():
+            count = count_to_prune(amounts[group], total, f"{self.caller}: amount")
+            try:
+                keeps[group], threshold = choose_units(self.scores[group], count, self.minimum)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.caller}: of {group!r} {error}: lower amount, minimum or multiple."
+                ) from None
+            kept = {
+                layer.name: int(keep.count_nonzero())
+                for layer, keep in zip(self.groups[group], keeps[group])
+            }
+            done[group] = KeptUnits(threshold, total - sum(kept.values()), kept)
+        return keeps, done
+
+
+def plan_units(
     units: Mapping[str, Iterable[UnitLayer]] | Iterable[UnitLayer],
+    importance_scores: Mapping[Any, Tensor] | None,
+    minimum: int,
+    multiple: int,
+    pruning_method: Any,
+    caller: str,
+) -> UnitPlan:
+    """Check and rank units; the arguments are those of the public call."""
+    groups = _check_units(units, caller)
+    _check_numbers(minimum, multiple, caller)
+    scores = _rank(groups, importance_scores, pruning_method, multiple, caller)
+    return UnitPlan(caller, groups, scores, minimum)
+
+
+def _check_units(
+    units: Mapping[str, Iterable[UnitLayer]] | Iterable[UnitLayer], caller: str
 ) -> dict[str, list[UnitLayer]]:
     """Check that what is to be masked is what was described, each layer once."""
     if isinstance(units, (nn.Module, UnitLayer)) or not isinstance(units, Iterable):
         raise TypeError(
-            f"{CALL}: units must be a mapping group -> unit layers, or an iterable of unit "
+            f"{caller}: units must be a mapping group -> unit layers, or an iterable of unit "
             f"layers, found {type(units).__name__}: see group_units(model)."
         )
     listed = units if isinstance(units, Mapping) else {SINGLE_GROUP: units}
@@ -166,30 +178,30 @@ def _check_units(
         for layer in layers:
             if not isinstance(layer, UnitLayer):
                 raise TypeError(
-                    f"{CALL}: units[{group!r}] must hold unit layers, found "
+                    f"{caller}: units[{group!r}] must hold unit layers, found "
                     f"{type(layer).__name__}: see group_units(model)."
                 )
             if (layer.name, layer.kind) in seen:
-                raise ValueError(f"{CALL}: {layer.name} is listed twice: list it once.")
+                raise ValueError(f"{caller}: {layer.name} is listed twice: list it once.")
             if not layer.is_current():
                 raise ValueError(
-                    f"{CALL}: {layer.name} had {layer.units} {layer.kind} when it was "
+                    f"{caller}: {layer.name} had {layer.units} {layer.kind} when it was "
                     "described, and has another number now: call group_units(model) again."
                 )
             seen.add((layer.name, layer.kind))
         if not layers:
-            raise ValueError(f"{CALL}: units[{group!r}] is empty: list some, or leave it out.")
+            raise ValueError(f"{caller}: units[{group!r}] is empty: list some, or leave it out.")
     if not groups:
-        raise ValueError(f"{CALL}: units is empty, found no group and no unit layer.")
+        raise ValueError(f"{caller}: units is empty, found no group and no unit layer.")
     return groups
 
 
-def _check_numbers(minimum: Any, multiple: Any) -> None:
+def _check_numbers(minimum: Any, multiple: Any, caller: str) -> None:
     for name, value, least in (("minimum", minimum, 0), ("multiple", multiple, 1)):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{CALL}: {name} must be an int, found {type(value).__name__}.")
+            raise TypeError(f"{caller}: {name} must be an int, found {type(value).__name__}.")
         if value < least:
-            raise ValueError(f"{CALL}: {name} must be {least} or more, found {value}.")
+            raise ValueError(f"{caller}: {name} must be {least} or more, found {value}.")
 
 
 def _rank(
@@ -197,16 +209,17 @@ def _rank(
     importance_scores: Mapping[Any, Tensor] | None,
     pruning_method: Any,
     multiple: int,
+    caller: str,
 ) -> dict[str, list[LayerScores]]:
     """Give every unit a score that compares with those of other layers."""
     ranking = RANKINGS.get(pruning_method)
     if ranking is None:
         raise TypeError(
-            f"{CALL}: pruning_method must be one of "
+            f"{caller}: pruning_method must be one of "
             f"{', '.join(method.__name__ for method in RANKINGS)}, found {pruning_method!r}: "
             "for a ranking of your own pass importance_scores."
         )
-    given = _check_scores(groups, importance_scores)
+    given = _check_scores(groups, importance_scores, caller)
     ranked: dict[str, list[LayerScores]] = {}
     for group, layers in groups.items():
         ranked[group] = []
@@ -220,14 +233,16 @@ def _rank(
 
 
 def _check_scores(
-    groups: dict[str, list[UnitLayer]], importance_scores: Mapping[Any, Tensor] | None
+    groups: dict[str, list[UnitLayer]],
+    importance_scores: Mapping[Any, Tensor] | None,
+    caller: str,
 ) -> dict[UnitLayer, Tensor] | None:
     """Return the given scores by unit layer, once there is a fitting one for each."""
     if importance_scores is None:
         return None
     if not isinstance(importance_scores, Mapping):
         raise TypeError(
-            f"{CALL}: importance_scores must be a mapping unit layer -> tensor, found "
+            f"{caller}: importance_scores must be a mapping unit layer -> tensor, found "
             f"{type(importance_scores).__name__}."
         )
     given: dict[UnitLayer, Tensor] = {}
@@ -236,53 +251,20 @@ def _check_scores(
         key = next((key for key in (layer, layer.name) if key in importance_scores), None)
         if key is None:
             raise ValueError(
-                f"{CALL}: importance_scores has none for {layer.name}: give scores for every "
+                f"{caller}: importance_scores has none for {layer.name}: give scores for every "
                 "layer in units, or none at all."
             )
         used.add(key)
         given[layer] = importance_scores[key]
-        check_finite(given[layer], f"{CALL}: importance_scores of {layer.name}")
+        check_finite(given[layer], f"{caller}: importance_scores of {layer.name}")
         if given[layer].shape != (layer.units,):
             raise ValueError(
-                f"{CALL}: importance_scores of {layer.name} must have the shape "
+                f"{caller}: importance_scores of {layer.name} must have the shape "
                 f"({layer.units},), found {tuple(given[layer].shape)}."
             )
     if len(used) < len(importance_scores):
         raise ValueError(
-            f"{CALL}: importance_scores must be for layers listed in units, found "
+            f"{caller}: importance_scores must be for layers listed in units, found "
             f"{len(importance_scores) - len(used)} more: leave them out, or list their layers."
         )
     return given
-
-
-def _mask(groups: dict[str, list[UnitLayer]], keeps: dict[str, list[Tensor]]) -> None:
-    """Put masks on all maskable parts of the layers, or on none if anything fails."""
-    parts = {
-        group: [
-            (part, keep)
-            for layer, keep in zip(layers, keeps[group])
-            for part in layer.parts
-            if part.masked
-        ]
-        for group, layers in groups.items()
-    }
-    found = find_layers(
-        {group: [(part.module, part.name) for part, _ in held] for group, held in parts.items()},
-        CALL,
-    )
-    check_values(found, None, CALL)
-    plan = [
-        (target, part, keep)
-        for group, held in parts.items()
-        for target, (part, keep) in zip(found[group], held)
-    ]
-    readers = known_readers(target.module for target, _, _ in plan)
-    with all_or_nothing([*(target.module for target, _, _ in plan), *readers]):
-        for target, part, keep in plan:
-            method = WholeUnits(part.along(keep.to(target.parameter.device)), part.dim)
-            before = target.mask
-            if before is None:
-                before = torch.ones_like(target.parameter, dtype=torch.bool)
-            attach(target, method, method.compute_mask(target.parameter, before))
-        for reader in readers:
-            hold(reader)

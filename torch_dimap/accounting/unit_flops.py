@@ -1,0 +1,90 @@
+"""What one unit of a layer costs, found by counting a copy that has one unit less."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_dimap.accounting.flops import flops_by_module
+from torch_dimap.masking import pruning_methods, remove_all, snapshot
+from torch_dimap.units import UnitLayer, cut_units
+
+
+def count_unit_flops(
+    model: nn.Module,
+    inputs: Tensor | tuple[Any, ...],
+    layers: Iterable[UnitLayer],
+    caller: str = "count_unit_flops()",
+) -> tuple[int, list[UnitLayer]]:
+    """Count the multiply-adds of a model and of one unit in each of its layers.
+
+    Multiply-adds are those of :func:`torch_dimap.count_flops`, whatever is masked or zero.
+    A unit's are all that go with it: the weights that make it and read it, and a head's
+    products of queries, keys and values. So removing ``k`` units of a layer saves exactly
+    ``k`` times as many.
+
+    Args:
+        model: the model; it is only read.
+        inputs: what to call it with.
+        layers: unit layers of the model, as :func:`torch_dimap.group_units` lists them.
+        caller: whom an error names.
+
+    Returns:
+        The multiply-adds of the whole model, and the layers with ``multiply_adds`` set.
+
+    Raises:
+        TypeError: for ``inputs`` that are neither a tensor nor a tuple.
+        ValueError: for a layer of another model.
+        NotImplementedError: if multiply-adds cannot be counted.
+    """
+    listed = list(layers)
+    names = names_in(model, listed, caller)
+    if not isinstance(inputs, (Tensor, tuple)):
+        raise TypeError(
+            f"{caller}: inputs must be a tensor or a tuple to call the model with, "
+            f"found {type(inputs).__name__}."
+        )
+    whole = flops_by_module(model, inputs)
+    one_less = {layer: torch.arange(layer.units) < layer.units - 1 for layer in listed}
+    fewer = flops_by_module(slim_copy(model, one_less), inputs)
+    costs = [whole[name] - fewer[name] for name in names]
+    if sum(costs) != whole[""] - fewer[""]:  # one layer's module works inside another's
+        costs = [
+            whole[""] - flops_by_module(slim_copy(model, {layer: keep}), inputs)[""]
+            for layer, keep in one_less.items()
+        ]
+    counted = [x._replace(multiply_adds=int(cost)) for x, cost in zip(listed, costs)]
+    return int(whole[""]), counted
+
+
+def names_in(model: nn.Module, layers: Iterable[UnitLayer], caller: str) -> list[str]:
+    """Return the names that the layers' modules have in the model that is to be counted."""
+    names = {module: name for name, module in model.named_modules()}
+    for layer in layers:
+        if layer.module not in names:
+            raise ValueError(
+                f"{caller}: units must be those of the model, found {layer.name} of another: "
+                "call group_units(model)."
+            )
+    return [names[layer.module] for layer in layers]
+
+
+def slim_copy(model: nn.Module, keeps: Mapping[UnitLayer, Tensor]) -> nn.Module:
+    """Copy a model, bake the copy's masks, and cut it down to the units that are to stay."""
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    put_back = snapshot(modules)
+    try:
+        for module in modules:
+            for method in pruning_methods(module):
+                # After a training step it carries a graph, which torch refuses to copy.
+                vars(module)[method._tensor_name] = None
+        copied, layers = copy.deepcopy((model, list(keeps)))
+    finally:
+        put_back()
+    remove_all(copied)
+    cut_units(dict(zip(layers, keeps.values())))
+    return copied
