@@ -170,8 +170,8 @@ class Clock:
         self.devices = set()
 
     def __call__(self, model, inputs, device):
+        assert model.training is False and all(x.device == device for x in inputs)
         self.devices.add(str(device))
-        model(*inputs)
         return 1e-9 * parameters(model) * next(self.noise)
 
 
