@@ -18,7 +18,6 @@ round) is then made; on a GPU latency-cuda.csv and so on.
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import os
 import statistics
@@ -30,8 +29,8 @@ from pathlib import Path
 import timm
 import torch
 from prune import machine_name
+from runtimes import RUNTIMES, exported
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from tqdm import tqdm
 
 import torch_dimap
@@ -99,62 +98,6 @@ METHODS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
 }
 
 
-def eager(model: nn.Module, images: Tensor, options: argparse.Namespace) -> Callable[[], object]:
-    return lambda: model(images)
-
-
-def compiled(model: nn.Module, images: Tensor, options: argparse.Namespace) -> Callable[[], object]:
-    fast = torch.compile(model)
-    return lambda: fast(images)
-
-
-def exported(model: nn.Module, images: Tensor, options: argparse.Namespace) -> Path:
-    """Return the model as an ONNX file, which is kept in --cache if there is such a folder."""
-    name = f"{options.model}-{options.method}-{len(images)}".replace(", ", "-")
-    path = options.cache / f"{name}.onnx"
-    if not path.exists():
-        options.cache.mkdir(parents=True, exist_ok=True)
-        model = torch_dimap.remove_all(copy.deepcopy(model))
-        torch.onnx.export(model, (images,), path, dynamo=True, verbose=False)
-    return path
-
-
-def onnx_runtime(
-    model: nn.Module, images: Tensor, options: argparse.Namespace
-) -> Callable[[], object]:
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = torch.get_num_threads()
-    settings.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        exported(model, images, options), settings, providers=["CPUExecutionProvider"]
-    )
-    given = {session.get_inputs()[0].name: images.numpy()}
-    return lambda: session.run(None, given)
-
-
-def openvino(model: nn.Module, images: Tensor, options: argparse.Namespace) -> Callable[[], object]:
-    import openvino
-
-    core = openvino.Core()
-    network = core.compile_model(
-        core.read_model(exported(model, images, options)), "CPU",
-        {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY",
-         "INFERENCE_PRECISION_HINT": "f32"},
-    )  # fmt: skip
-    request, given = network.create_infer_request(), images.numpy()
-    return lambda: request.infer([given], share_inputs=True)
-
-
-RUNTIMES = {
-    "eager": eager,
-    "compile": compiled,
-    "onnxruntime": onnx_runtime,
-    "openvino": openvino,
-}
-
-
 def measure(label: str, batch: int, runtime: str, options: argparse.Namespace) -> list[dict]:
     """Return a row for every forward of one model, batch and runtime."""
     forwards, about, rows = {}, {}, []
@@ -164,7 +107,7 @@ def measure(label: str, batch: int, runtime: str, options: argparse.Namespace) -
         model = timm.create_model(MODELS.get(label, label)).eval()
         size = timm.data.resolve_model_data_config(model)["input_size"]
         images = torch.randn(batch, *size)
-        options.model, options.method = label, method
+        file = options.cache / f"{label}-{method}-{batch}.onnx".replace(", ", "-")
         try:
             model = METHODS[method](model, images)
             count = torch_dimap.count_flops(model, images[:1]).dense
@@ -172,7 +115,10 @@ def measure(label: str, batch: int, runtime: str, options: argparse.Namespace) -
             images = images.to(options.device, getattr(torch, options.dtype))
             with torch.inference_mode():
                 model(images)
-            forwards[method] = RUNTIMES[runtime](model, images, options)
+            if options.export_only:
+                exported(model, images, file)
+                continue
+            forwards[method] = RUNTIMES[runtime](model, images, file)
             for _ in range(2):  # plans, allocates and compiles
                 seconds(forwards[method], options.device)
         except Exception as error:  # other tools and runtimes raise many kinds
@@ -316,6 +262,8 @@ def main() -> None:
                 continue
             for batch in options.batch_sizes:
                 rows += measure(label, batch, runtime, options)
+    if options.export_only:
+        return
     rows = [{**row, **about} for row in rows]
     options.output.mkdir(parents=True, exist_ok=True)
     stem = "latency" if options.device == "cpu" else "latency-cuda"

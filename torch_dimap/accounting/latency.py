@@ -155,6 +155,7 @@ def _start(
     given = inputs if isinstance(inputs, tuple) else (inputs,)
     moved = tuple(x.to(place) if isinstance(x, Tensor) else x for x in given)
     dense = slim_copy(model, {}).to(place).eval()
+
     def compare(step: int) -> tuple[float, float]:
         slim = slim_copy(model, search.stay(step)).to(place).eval()
         return compare_times(slim, dense, moved, place)
