@@ -123,6 +123,14 @@ def test_prune_units_to_flops_goes_on_from_masks_and_zeros(swin, images):
     assert counted(swin, images) == budget.reached <= budget.target
 
 
+def test_prune_units_to_flops_counts_what_a_compiled_model_wraps(vit, images):
+    plain = prune_units_to_flops(copy.deepcopy(vit), images, 0.6)
+    compiled = torch.compile(vit)  # which compiles nothing before it is called
+    assert prune_units_to_flops(compiled, images, 0.6).reached == plain.reached
+    with pytest.raises(TypeError, match="found one from torch.compile"):
+        prune_units_to_latency(compiled, images, 0.6)
+
+
 def test_prune_units_to_flops_ranks_by_other_scores(vit, images):
     scores = {layer: torch.arange(1.0, layer.units + 1) for layer in all_layers(vit)}
     prune_units_to_flops(vit, images, 0.7, importance_scores=scores, multiple=1)

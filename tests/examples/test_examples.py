@@ -92,3 +92,13 @@ def test_benchmark_of_files_writes_tables(tmp_path):
     rows = {row["kind"]: row for row in csv.DictReader(open(tmp_path / "files.csv"))}
     whole, packed = int(rows["save_file"]["bytes"]), int(rows["save_pruned"]["bytes"])
     assert packed < 0.6 * whole and int(rows["prune_checkpoint"]["peak_bytes"]) > 0
+
+
+def test_benchmark_of_forwards_writes_pieces_into_one_table(tmp_path):
+    vit = "vit_tiny_patch16_224"
+    words = ["benchmarks/latency.py", "--models", vit, "--rounds", 2, "--output", tmp_path]
+    run(*words, "--batch-sizes", 1, "--methods", "dense", "slim")
+    done = run(*words, "--runtimes", "pruning")
+    assert f"| {vit} | 1 | eager | slim | 3.0" in done.stdout
+    assert f"| {vit} |  | pruning | slim, global | |" in done.stdout
+    assert len((tmp_path / "latency.csv").read_text().splitlines()) == 1 + 4 + 2

@@ -84,9 +84,9 @@ def prune_units_to_latency(
         ratios to the dense model's time, multiplied by its median in the first comparison.
 
     Raises:
-        TypeError, ValueError: for a target of a wrong type or out of range, or shorter
-            than what is measured if all goes that may (the message names the shortest),
-            unknown groups in ``fixed``, or none left free; and as
+        TypeError, ValueError: for a compiled model; a target of a wrong type, out of
+            range, or shorter than what is measured if all goes that may (the message names
+            the shortest); unknown groups in ``fixed``, or none left free; and as
             :func:`torch_dimap.global_module_aware_structured`.
 
     Example:
@@ -97,6 +97,11 @@ def prune_units_to_latency(
         True
     """
     _check_target(target)
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            f"{CALL}: model must be a plain module, found one from torch.compile, whose copies "
+            "would be timed without it: pass the module that it wraps."
+        )
     if not isinstance(inputs, (Tensor, tuple)):
         raise TypeError(
             f"{CALL}: inputs must be a tensor or a tuple to call the model with, "

@@ -97,6 +97,7 @@ def prune_units_to_flops(
     plan = plan_units(listed, importance_scores, minimum, multiple, DimapUnstructured, caller)
     search = plan_search(plan, fixed)
     layers = list(search.stay(0))
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     whole, counted = count_unit_flops(model, inputs, layers, caller)
     costs = {layer: x.multiply_adds or 0 for layer, x in zip(layers, counted)}
     wanted = absolute(target, whole, "multiply-adds", caller)
