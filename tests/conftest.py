@@ -23,6 +23,15 @@ def make_swin() -> nn.Module:
     )  # fmt: skip
 
 
+def make_vit() -> nn.Module:
+    """Return a timm ViT for the same images."""
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, in_chans=1, num_classes=10,
+        embed_dim=32, depth=3, num_heads=4,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def swin() -> nn.Module:
     return make_swin()

@@ -102,3 +102,9 @@ def test_benchmark_of_forwards_writes_pieces_into_one_table(tmp_path):
     assert f"| {vit} | 1 | eager | slim | 3.0" in done.stdout
     assert f"| {vit} |  | pruning | slim, global | |" in done.stdout
     assert len((tmp_path / "latency.csv").read_text().splitlines()) == 1 + 4 + 2
+
+
+def test_benchmark_of_sparse_products_prints_a_table():
+    done = run("benchmarks/sparse_products.py", "--sparsity", 0.95, "--repeats", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("| 95% | 1 | ")

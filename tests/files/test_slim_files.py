@@ -10,7 +10,7 @@ import re
 import pytest
 import timm
 import torch
-from conftest import make_swin
+from conftest import make_swin, make_vit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -35,14 +35,6 @@ from torch_dimap.files import inspect_checkpoint
 from torch_dimap.units import Part, UnitLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def make_vit() -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, in_chans=1, num_classes=10,
-        embed_dim=32, depth=3, num_heads=4,
-    )  # fmt: skip
 
 
 MODELS = {"swin": make_swin, "vit": make_vit}

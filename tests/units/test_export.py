@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
-from conftest import make_swin
-from torch import nn
+from conftest import make_swin, make_vit
 from torch.nn.utils import prune
 
 from torch_dimap import global_module_aware_structured, group_units, remove_units
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def make_vit() -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, in_chans=1, num_classes=10,
-        embed_dim=32, depth=2, num_heads=4,
-    )  # fmt: skip
 
 
 @pytest.fixture(params=[make_swin, make_vit], ids=["swin", "vit"])
