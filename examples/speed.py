@@ -171,9 +171,9 @@ def markdown(rows: list[dict]) -> str:
                  *millions, spread(timed) if timed else ""]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     about = rows[-1]
+    timed = f"the median forward of {about['batch']} images" if about["batch"] else "not measured"
     lines += ["", "Means, in brackets the lowest and the highest of the seeds; multiply-adds as "
-              "computed for one image, with zeros among the factors; milliseconds: the median "
-              f"forward of {about['batch']} images."]  # fmt: skip
+              f"computed for one image, with zeros among the factors; milliseconds: {timed}."]
     lines += ["", f"`{about['command']}`, on {about['machine']}, torch {about['torch']}, timm "
               f"{about['timm']}, commit {about['commit']}."]  # fmt: skip
     return "\n".join(lines) + "\n"

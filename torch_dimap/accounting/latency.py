@@ -72,12 +72,8 @@ def prune_units_to_latency(
             ``datetime.timedelta``, the time of a forward.
         device: where to measure. Default: where the model is; there must be room for two
             copies of it.
-        units: as in :func:`torch_dimap.global_module_aware_structured`. Default:
-            ``group_units(model)``.
-        fixed: group -> amount that is given and not to be found.
-        importance_scores: as in :func:`torch_dimap.global_module_aware_structured`.
-        minimum: as there.
-        multiple: as there.
+        units: as in :func:`torch_dimap.prune_units_to_flops`, as are ``fixed``,
+            ``importance_scores``, ``minimum`` and ``multiple``.
 
     Returns:
         The amounts of the groups, what each layer keeps, and the times. All of them are
