@@ -9,6 +9,7 @@ parameters are grouped. Needs timm, torchvision and transformers.
 from __future__ import annotations
 
 import csv
+import re
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -18,11 +19,15 @@ import torch
 from torch import nn
 
 import torch_dimap
+from torch_dimap.units import units_left_out
 
 TABLE = Path(__file__).with_name("coverage.csv")
 PAGE = Path(__file__).with_name("coverage.md")
 GROUPS = ("qkv", "proj", "mlp")
-COLUMNS = ("library", "version", "family", "model", "parameters", *GROUPS, "warns")
+UNITS = ("heads", "neurons")
+COLUMNS = (
+    "library", "version", "family", "model", "parameters", *GROUPS, "warns", *UNITS, "units_stay",
+)  # fmt: skip
 
 # timm's modules that hold several families: family -> (module, names, names to leave out)
 SPLIT = {
@@ -97,7 +102,24 @@ def row(library: str, family: str, name: str) -> dict[str, str]:
         "parameters": str(sum(p.numel() for p in model.parameters())),
         **counts,
         "warns": "yes" if any("group_parameters" in str(w.message) for w in caught) else "",
+        **units(model),
     }
+
+
+def units(model: nn.Module) -> dict[str, str]:
+    """Count the units that can be removed, and say why others cannot."""
+    counts = dict.fromkeys(UNITS, "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            groups = torch_dimap.group_units(model)
+        except ValueError:
+            groups = {}
+    for kind, layers in groups.items():
+        counts[kind] = str(sum(layer.units for layer in layers))
+    # Layers of one name but for their numbers stay for one reason.
+    reasons = dict.fromkeys(re.sub(r"(?<=\.)\d+", "*", reason) for reason in units_left_out(model))
+    return {**counts, "units_stay": "; ".join(reasons)}
 
 
 def smallest(names: list[str]) -> str:
@@ -144,9 +166,12 @@ def page(table: list[dict[str, str]]) -> str:
         "do not edit. The smallest model of every family, its parameters, how many weights",
         "`group_parameters` puts into each group, and the share of all parameters that this is.",
         "\\*: less than half of the weights in the blocks are recognised, which gives a warning.",
+        "The last two columns are the numbers of units that `group_units` finds and `remove_units`",
+        "can remove; what it cannot is listed below.",
         "",
-        "| library | family | smallest model | parameters | qkv | proj | mlp | grouped |",
-        "|---|---|---|--:|--:|--:|--:|--:|",
+        "| library | family | smallest model | parameters | qkv | proj | mlp | grouped "
+        "| heads | neurons |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in grouped:
         counts = [int(r[group] or 0) for group in GROUPS]
@@ -154,9 +179,13 @@ def page(table: list[dict[str, str]]) -> str:
         numbers = " | ".join(f"{n:,}".replace(",", " ") for n in (int(r["parameters"]), *counts))
         lines.append(
             f"| {r['library']} | {r['family']} | {r['model']} | {numbers} "
-            f"| {share:.1%}{' *' if r['warns'] else ''} |"
+            f"| {share:.1%}{' *' if r['warns'] else ''} | {r['heads'] or '–'} "
+            f"| {r['neurons'] or '–'} |"
         )
-    lines += ["", "Refused, as no layer has a name that fits: " + ", ".join(refused) + ".", ""]
+    lines += ["", "Refused, as no layer has a name that fits: " + ", ".join(refused) + "."]
+    lines += ["", "## Units that stay", "", "| family | which, and why |", "|---|---|"]
+    lines += [f"| {r['family']} | {r['units_stay']} |" for r in grouped if r["units_stay"]]
+    lines += [""]
     return "\n".join(lines)
 
 

@@ -4,6 +4,8 @@ A plug-in to :mod:`torch.nn.utils.prune`: group a model's weights with
 :func:`group_parameters`, prune them with :func:`global_module_aware_unstructured`,
 look at the result with :func:`summarize`, save it with :func:`save_pruned`, and make it
 permanent with :func:`remove_all`. :func:`prune_checkpoint` does it to a file alone.
+Whole heads and neurons: :func:`group_units`, :func:`global_module_aware_structured`,
+:func:`remove_units`.
 """
 
 from torch_dimap.accounting import (

@@ -23,7 +23,7 @@ def test_group_units_describes_a_swin(swin):
     assert [layer.units for layer in groups["neurons"]] == [64, 64, 128, 128]
     attention = swin.layers[1].blocks[0].attn
     layer = groups["heads"][2]
-    assert layer.module is attention and layer.reader is attention.proj and layer.width == 8
+    assert layer.module is attention and layer.reader is attention.proj
     found = {(p.module, p.name): (p.dim, p.blocks, p.entries, p.masked) for p in layer.parts}
     assert found == {
         (attention.qkv, "weight"): (0, 3, 8, True),
@@ -87,7 +87,7 @@ def test_a_class_with_a_forward_of_its_own_is_not_taken_for_its_parent(swin):
             return super().forward(x, mask).flip(0)
 
     swin.layers[0].blocks[0].attn.__class__ = Attention
-    with pytest.warns(UserWarning, match="heads of Attention, which has no row"):
+    with pytest.warns(UserWarning, match="heads of Attention, a class that is not known"):
         assert len(group_units(swin)["heads"]) == 3
 
 
@@ -105,7 +105,7 @@ def test_a_class_of_ones_own_is_described_by_a_rule(images):
 
         if isinstance(module, Gate):
             parts = (Part(module.up, "weight", 0, 1, 1), Part(module.down, "weight", 1, 1, 1))
-            yield UnitLayer(name, "gates", 24, module, parts, (), module.down, 1)
+            yield UnitLayer(name, "gates", 24, module, parts, (), module.down)
 
     torch.manual_seed(0)
     model = nn.Sequential(Gate(), Gate())

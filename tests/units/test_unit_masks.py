@@ -16,7 +16,7 @@ from torch_dimap import (
     group_units,
     remove_all,
 )
-from torch_dimap.units import unit_norms
+from torch_dimap.units import unit_magnitudes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,7 +60,7 @@ def test_global_module_aware_structured_masks_whole_units_and_nothing_else(swin)
 
 def test_global_module_aware_structured_ranks_by_the_share_of_the_layer(vit):
     units = group_units(vit)["heads"]
-    scores = torch.cat([dimap_scores(unit_norms(layer)) for layer in units])
+    scores = torch.cat([dimap_scores(unit_magnitudes(layer)) for layer in units])
     done = global_module_aware_structured(units, 5)["all"]
     assert done.pruned == 5
     assert done.threshold == float(scores.sort().values[4])
@@ -68,12 +68,18 @@ def test_global_module_aware_structured_ranks_by_the_share_of_the_layer(vit):
     assert torch.equal(kept, scores > done.threshold)
 
 
-def test_unit_norms_are_those_of_all_rows_biases_and_columns(vit):
+def test_unit_magnitudes_are_norms_of_rows_and_biases_times_norms_of_columns(vit):
     nn.init.normal_(vit.blocks[1].mlp.fc1.bias)
     mlp = vit.blocks[1].mlp
     layer = group_units(vit)["neurons"][1]
-    rows = torch.cat([mlp.fc1.weight, mlp.fc1.bias[:, None], mlp.fc2.weight.T], 1)
-    torch.testing.assert_close(unit_norms(layer), rows.double().norm(dim=1))
+    rows = torch.cat([mlp.fc1.weight, mlp.fc1.bias[:, None]], 1).double().norm(dim=1)
+    torch.testing.assert_close(unit_magnitudes(layer), rows * mlp.fc2.weight.double().norm(dim=0))
+    heads = group_units(vit)["heads"][1]
+    qkv, proj = vit.blocks[1].attn.qkv, vit.blocks[1].attn.proj
+    rows = torch.cat([qkv.weight, qkv.bias[:, None]], 1).view(3, 4, 8, -1).double()
+    columns = proj.weight.view(32, 4, 8).double()
+    expected = (rows.square().sum((0, 2, 3)) * columns.square().sum((0, 2))).sqrt()
+    torch.testing.assert_close(unit_magnitudes(heads), expected)
 
 
 def test_masks_only_shrink_and_count_what_is_unmasked(swin):

@@ -8,6 +8,7 @@ from torch_dimap.units.grouping import (
     builtin_unit_rule,
     describe_units,
     group_units,
+    units_left_out,
 )
 from torch_dimap.units.masks import (
     KeptUnits,
@@ -16,7 +17,7 @@ from torch_dimap.units.masks import (
     plan_units,
 )
 from torch_dimap.units.removal import cut_units, remove_units
-from torch_dimap.units.scores import unit_norms
+from torch_dimap.units.scores import unit_magnitudes
 
 __all__ = [
     "Attribute",
@@ -35,5 +36,6 @@ __all__ = [
     "mask_units",
     "plan_units",
     "remove_units",
-    "unit_norms",
+    "unit_magnitudes",
+    "units_left_out",
 ]

@@ -9,14 +9,16 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 from torch_dimap.masking import (
+    Layer,
     all_or_nothing,
     attach,
+    check_layer,
     check_values,
-    find_layers,
     hold,
     known_readers,
 )
-from torch_dimap.units.description import UnitLayer
+from torch_dimap.selection import check_finite
+from torch_dimap.units.description import Part, UnitLayer
 
 
 class WholeUnits(prune.BasePruningMethod):
@@ -39,36 +41,40 @@ class WholeUnits(prune.BasePruningMethod):
         return default_mask * self.keep.view(shape).to(default_mask.dtype)
 
 
+def maskable_parts(
+    groups: Mapping[str, list[UnitLayer]], caller: str
+) -> dict[str, list[tuple[Layer, Part, int]]]:
+    """Check that all parts can be masked; return them with their layer's place in its group."""
+    parts = {
+        group: [
+            (Layer(f"{unit.name} ({type(part.module).__name__}.{part.name})", *part[:2]), part, i)
+            for i, unit in enumerate(units)
+            for part in unit.parts
+            if part.masked
+        ]
+        for group, units in groups.items()
+    }
+    layers = {group: [layer for layer, *_ in held] for group, held in parts.items()}
+    for layer in (layer for group in layers.values() for layer in group):
+        check_layer(layer, caller)
+        check_finite(layer.parameter, f"{caller}: {layer.label}")
+    check_values(layers, None, caller)
+    return parts
+
+
 def mask_units(
     groups: Mapping[str, list[UnitLayer]], keeps: Mapping[str, list[Tensor]], caller: str
 ) -> None:
     """Put masks on all maskable parts of the layers, or on none if anything fails."""
-    parts = {
-        group: [
-            (part, keep)
-            for layer, keep in zip(layers, keeps[group])
-            for part in layer.parts
-            if part.masked
-        ]
-        for group, layers in groups.items()
-    }
-    found = find_layers(
-        {group: [(part.module, part.name) for part, _ in held] for group, held in parts.items()},
-        caller,
-    )
-    check_values(found, None, caller)
-    plan = [
-        (target, part, keep)
-        for group, held in parts.items()
-        for target, (part, keep) in zip(found[group], held)
-    ]
-    readers = known_readers(target.module for target, _, _ in plan)
-    with all_or_nothing([*(target.module for target, _, _ in plan), *readers]):
-        for target, part, keep in plan:
-            method = WholeUnits(part.along(keep.to(target.parameter.device)), part.dim)
-            before = target.mask
-            if before is None:
-                before = torch.ones_like(target.parameter, dtype=torch.bool)
-            attach(target, method, method.compute_mask(target.parameter, before))
+    parts = maskable_parts(groups, caller)
+    plan = [(layer, part, keeps[group][i]) for group in parts for layer, part, i in parts[group]]
+    modules = [layer.module for layer, _, _ in plan]
+    readers = known_readers(modules)
+    with all_or_nothing([*modules, *readers]):
+        for layer, part, keep in plan:
+            orig, mask = layer.parameter, layer.mask
+            before = torch.ones_like(orig, dtype=torch.bool) if mask is None else mask != 0
+            method = WholeUnits(part.along(keep.to(orig.device)), part.dim)
+            attach(layer, method, method.compute_mask(orig, before))
         for reader in readers:
             hold(reader)

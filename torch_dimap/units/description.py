@@ -51,9 +51,9 @@ class Part(NamedTuple):
         view = tensor.detach().unflatten(self.dim, (self.blocks, units, self.entries))
         return view, tuple(i for i in range(view.dim()) if i != self.dim + 1)
 
-    def along(self, keep: Tensor) -> Tensor:
-        """Spread one flag per unit over the entries of the part's dimension."""
-        return keep.repeat_interleave(self.entries).repeat(self.blocks)
+    def along(self, values: Tensor) -> Tensor:
+        """Spread one value per unit over the entries of the part's dimension."""
+        return values.repeat_interleave(self.entries).repeat(self.blocks)
 
 
 class Attribute(NamedTuple):
@@ -61,14 +61,31 @@ class Attribute(NamedTuple):
 
     module: nn.Module
     name: str
-    per_unit: int  # the attribute is this times the number of units
+    per_unit: int  # the number is this times the number of units
+    place: int | None = None  # where in the attribute the number is, if it is a tuple
+
+    @property
+    def number(self) -> int | None:
+        """What the attribute is now, None if there is none."""
+        value = getattr(self.module, self.name, None)
+        return value if self.place is None or value is None else value[self.place]
+
+    def follow(self, units: int) -> None:
+        """Set the attribute to what it is for another number of units."""
+        number = self.per_unit * units
+        if self.place is None:
+            setattr(self.module, self.name, number)
+        else:
+            numbers = list(getattr(self.module, self.name))
+            numbers[self.place] = number
+            setattr(self.module, self.name, tuple(numbers))
 
 
 class UnitLayer(NamedTuple):
     """The units of one layer: the heads of an attention, the neurons of an MLP.
 
-    A gate on the units is a forward pre-hook on ``reader``: along dimension ``channels``
-    its input holds the units one after the other, ``width`` neighbouring entries each.
+    A gate on the units is a forward pre-hook on ``reader``, which multiplies its input, along
+    dimension ``channels``, by ``read.along(gates)``.
     """
 
     name: str  # the module's qualified name in the model
@@ -78,8 +95,7 @@ class UnitLayer(NamedTuple):
     parts: tuple[Part, ...]
     attributes: tuple[Attribute, ...]  # to set when units are removed
     reader: nn.Module  # the layer that takes the units in: attn.proj, mlp.fc2
-    width: int
-    channels: int = -1
+    channels: int = -1  # the dimension of the reader's input along which the units lie
     forward: type[nn.Module] | None = None  # in place of one that does not follow `attributes`
     empty: type[nn.Module] | None = None  # the same where no unit is left; None: one must stay
     obstacle: str = ""  # what stands against removing units exactly

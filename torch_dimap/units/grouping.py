@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
+from typing import Any
 
 from torch import Tensor, nn
 
 from torch_dimap.masking import Place, builtin_rule, note_readers, survey
-from torch_dimap.text import name_some
+from torch_dimap.text import name_some, warn
+from torch_dimap.units.attentions import ATTENTIONS, REFUSED, SHARED
 from torch_dimap.units.description import HEADS, NEURONS, Attribute, Part, UnitLayer
-from torch_dimap.units.table import ROWS, Row
+from torch_dimap.units.mlps import MLPS
+from torch_dimap.units.rows import Row
+from torch_dimap.units.slimming import is_ours
 
 UnitRule = Callable[[str, nn.Module], Iterable[UnitLayer]]
 # The groups of group_parameters, by what their units are.
 KIND_OF = {"qkv": HEADS, "proj": HEADS, "mlp": NEURONS}
+KNOWN = {*ATTENTIONS, *MLPS}
 
 
 def group_units(model: nn.Module, rule: UnitRule | None = None) -> dict[str, list[UnitLayer]]:
@@ -25,7 +29,7 @@ def group_units(model: nn.Module, rule: UnitRule | None = None) -> dict[str, lis
     A unit goes whole: the rows that make it, the columns that read it, and what else is
     kept per unit. Each layer's :class:`UnitLayer` tells where all that is. The width of
     the residual stream belongs to no unit and is never touched. Knows the classes in
-    ``torch_dimap.units.table``; ``docs/backbones.md`` says which these are and why others
+    ``attentions.py`` and ``mlps.py``; ``docs/backbones.md`` says which these are and why others
     are not among them.
 
     Args:
@@ -51,9 +55,7 @@ def group_units(model: nn.Module, rule: UnitRule | None = None) -> dict[str, lis
         [('heads', 12, 138), ('neurons', 12, 17664)]
     """
     layers = describe_units(model, rule, "group_units()")
-    reasons = [f"{x.name} ({x.kind}): {x.obstacle}" for x in layers if x.obstacle]
-    if rule is None:
-        reasons += _left_out(survey(model), layers)
+    reasons = _reasons(model, rule, layers)
     groups: dict[str, list[UnitLayer]] = {} if rule else {HEADS: [], NEURONS: []}
     for layer in layers:
         if not layer.obstacle:
@@ -66,12 +68,27 @@ def group_units(model: nn.Module, rule: UnitRule | None = None) -> dict[str, lis
             + ": pass rule= to describe the units of your own classes."
         )
     if reasons:
-        warnings.warn(
+        warn(
             f"group_units(): some units of {type(model).__name__} stay as they are, since they "
-            f"cannot be removed: {name_some(reasons)}.",
-            stacklevel=2,
+            f"cannot be removed: {name_some(reasons)}."
         )
     return groups
+
+
+def units_left_out(model: nn.Module, rule: UnitRule | None = None) -> list[str]:
+    """Say which heads and neurons :func:`group_units` leaves out, and why.
+
+    Example:
+        >>> import timm
+        >>> units_left_out(timm.create_model("cait_xxs24_224"))
+        ['the heads of TalkingHeadAttn: proj_l and proj_w mix its heads']
+    """
+    return _reasons(model, rule, describe_units(model, rule, "units_left_out()"))
+
+
+def _reasons(model: nn.Module, rule: UnitRule | None, layers: list[UnitLayer]) -> list[str]:
+    reasons = [f"{x.name} ({x.kind}): {x.obstacle}" for x in layers if x.obstacle]
+    return reasons if rule else reasons + _left_out(survey(model), layers)
 
 
 def describe_units(model: nn.Module, rule: UnitRule | None, caller: str) -> list[UnitLayer]:
@@ -88,6 +105,7 @@ def describe_units(model: nn.Module, rule: UnitRule | None, caller: str) -> list
                     f"for {place.name}."
                 )
             layers.append(layer)
+    layers = list(_with_shared(layers, places))
     _refuse_ties(places, layers, caller)
     for module in {part.module: None for layer in layers for part in layer.parts}:
         note_readers(module, places[module].readers)
@@ -95,7 +113,7 @@ def describe_units(model: nn.Module, rule: UnitRule | None, caller: str) -> list
 
 
 def builtin_unit_rule(qualified_name: str, module: nn.Module) -> Iterator[UnitLayer]:
-    """Describe the units of one module by its class: see ``torch_dimap.units.table``.
+    """Describe the units of one module by its class: see ``attentions.py`` and ``mlps.py``.
 
     Made to be called in a rule of one's own, which then only says what is different.
 
@@ -104,58 +122,83 @@ def builtin_unit_rule(qualified_name: str, module: nn.Module) -> Iterator[UnitLa
         ...     layers = builtin_unit_rule(qualified_name, module)
         ...     return [layer for layer in layers if layer.kind == "neurons"]
     """
-    for kind, rows in ROWS.items():
-        row = rows.get(forward_class(module))
-        if row is not None:
+    owner = forward_class(module)
+    for kind, row in ((HEADS, ATTENTIONS.get(owner)), (NEURONS, MLPS.get(owner))):
+        if row is None:
+            continue
+        if not isinstance(row, Row):  # it depends on the module's options
+            row = row(module)
+        reader = attrgetter(row.reader)(module)
+        # What stays dense in unstructured pruning (pooling heads, MLPs that make a position
+        # bias) stays whole.
+        if builtin_rule(f"{qualified_name}.{row.reader}", reader, "weight"):
             layer = _describe(qualified_name, kind, module, row)
             if layer.units:
                 yield layer
 
 
 def forward_class(module: nn.Module) -> str:
-    """Return the full name of the class whose forward a module runs."""
+    """Return the full name of the class, in the model's library, whose forward a module runs."""
     if "forward" in vars(module):
         return ""  # patched: nobody knows what it does
-    owner = next(c for c in type(module).__mro__ if "forward" in vars(c))
-    return f"{owner.__module__}.{owner.__qualname__}"
+    kinds = [kind for kind in type(module).__mro__ if not is_ours(kind)]
+    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
+    owner = next(i for i, kind in enumerate(kinds) if "forward" in vars(kind))
+    # A class that leaves its parent's forward alone, as an MLP that is a Sequential does,
+    # may have a row of its own.
+    return next((name for name in names[:owner] if name in KNOWN), names[owner])
 
 
 def _describe(name: str, kind: str, module: nn.Module, row: Row) -> UnitLayer:
     """Read a row of the table on one module."""
     reader = attrgetter(row.reader)(module)
-    columns = Part(reader, "weight", 1, 1, 1).tensor.shape[1]
+    read = Part(reader, "weight", 1, row.columns, 1)
+    columns = read.tensor.shape[1]
     units = attrgetter(row.number)(module) if row.number else columns
     parts: list[Part] = []
-    obstacles = [f"{path} mixes them" for path in row.mixed if _is_there(module, path)]
+    obstacles = []
     held = [(path, 0, blocks, True) for path, blocks in row.makes.items()]
     held += [(path, dim, 1, False) for path, dim in row.along.items()]
+    for path in row.mixed:
+        between = _find(module, path)
+        if isinstance(between, nn.modules.batchnorm._BatchNorm):
+            held.append((path, 0, 1, False))
+        elif between is not None and not isinstance(between, nn.Identity):
+            obstacles.append(f"{path} mixes them")
     for path, dim, blocks, masked in held:
         for part in _tensors(module, path):
             entries, rest = divmod(part.tensor.shape[dim], blocks * max(1, units))
             if rest:
                 obstacles.append(f"{path} does not hold {blocks} x {units} of them")
             parts.append(Part(part.module, part.name, dim, blocks, entries, masked))
-    width = columns // max(1, units)
-    parts.append(Part(reader, "weight", 1, 1, width))
-    numbers = [(path, 1) for path in (row.number, *row.counts) if path]
-    numbers += [(path, width) for path in row.widths]
+    parts.append(read._replace(entries=columns // (row.columns * max(1, units))))
+    attributes = []
+    for path, per_unit, place in row.numbers(columns // max(1, units)):
+        holder, _, attribute = path.rpartition(".")
+        found = Attribute(_find(module, holder) if holder else module, attribute, per_unit, place)
+        attributes.append(found)
+        if found.number != per_unit * units:
+            obstacles.append(f"{path} is {found.number}, not {per_unit} x {units}")
     return UnitLayer(
-        name, kind, units, module, tuple(parts),
-        tuple(_attribute(module, path, per_unit) for path, per_unit in numbers),
-        reader, width, 1 if isinstance(reader, nn.Conv2d) else -1,
-        row.forward, row.empty, "; ".join(obstacles),
+        name, kind, units, module, tuple(parts), tuple(attributes), reader,
+        1 if isinstance(reader, nn.Conv2d) else -1, row.forward, row.empty, "; ".join(obstacles),
     )  # fmt: skip
 
 
-def _is_there(module: nn.Module, path: str) -> bool:
-    found = attrgetter(path)(module)
-    return found is not None and not isinstance(found, nn.Identity)
+def _find(module: nn.Module, path: str) -> Any:
+    """Return what is under a path, None if a part of the way is missing."""
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def _tensors(module: nn.Module, path: str) -> Iterator[Part]:
     """Yield the tensors that a path stands for, those of a layer or the one that it names."""
     holder, _, name = path.rpartition(".")
-    owner = attrgetter(holder)(module) if holder else module
+    owner = _find(module, holder) if holder else module
+    if not isinstance(owner, nn.Module):
+        return
     layer = owner._modules.get(name)
     names = _tensor_names(owner if layer is None else layer)
     for found in names if layer is not None else {name} & names.keys():
@@ -169,9 +212,17 @@ def _tensor_names(module: nn.Module) -> dict[str, None]:
     return {k.removesuffix("_orig"): None for k, v in tensors.items() if v is not None and v.dim()}
 
 
-def _attribute(module: nn.Module, path: str, per_unit: int) -> Attribute:
-    holder, _, name = path.rpartition(".")
-    return Attribute(attrgetter(holder)(module) if holder else module, name, per_unit)
+def _with_shared(
+    layers: list[UnitLayer], places: dict[nn.Module, Place]
+) -> Iterator[UnitLayer]:
+    """Note where blocks share something that is kept per head."""
+    attributes = [(module, SHARED.get(forward_class(module), "")) for module in places]
+    shared = [name for module, name in attributes if name and getattr(module, name, None)]
+    for layer in layers:
+        if shared and layer.kind == HEADS:
+            obstacle = f"its blocks share {shared[0]}, which is kept per head"
+            layer = layer._replace(obstacle="; ".join(filter(None, (layer.obstacle, obstacle))))
+        yield layer
 
 
 def _refuse_ties(modules: Iterable[nn.Module], layers: list[UnitLayer], caller: str) -> None:
@@ -200,6 +251,16 @@ def _left_out(places: dict[nn.Module, Place], layers: list[UnitLayer]) -> list[s
         for name in _tensor_names(module):
             group = builtin_rule(place.name, module, name)
             if group and (module, name) not in known and Part(module, name, 0, 1, 1).tensor.numel():
-                parent = type(modules[place.name.rpartition(".")[0]]).__name__
-                reasons[f"the {KIND_OF[group]} of {parent}, which has no row in the table"] = None
+                reasons[_why(place.name, KIND_OF[group], modules)] = None
     return list(reasons)
+
+
+def _why(name: str, kind: str, modules: dict[str, nn.Module]) -> str:
+    """Say why the units around a layer are not known."""
+    holders = [name.rsplit(".", i)[0] for i in range(1, name.count(".") + 1)]
+    for module in (modules[holder] for holder in holders):
+        reason = REFUSED.get(forward_class(module))
+        if reason:
+            return f"the {kind} of {type(module).__name__}: {reason}"
+    parent = type(modules[holders[0] if holders else ""]).__name__
+    return f"the {kind} of {parent}, a class that is not known"

@@ -17,10 +17,10 @@ from torch_dimap.masking import (
     count_to_prune,
 )
 from torch_dimap.selection import check_finite, dimap_scores
-from torch_dimap.units.attaching import mask_units
+from torch_dimap.units.attaching import mask_units, maskable_parts
 from torch_dimap.units.choice import LayerScores, choose_units, most_units
 from torch_dimap.units.description import NEURONS, UnitLayer
-from torch_dimap.units.scores import unit_norms
+from torch_dimap.units.scores import unit_magnitudes
 
 CALL = "global_module_aware_structured()"
 
@@ -54,9 +54,10 @@ def global_module_aware_structured(
     weight and bias of a unit gets torch's own mask, as described there; weights that
     were masked before stay masked. :func:`remove_units` then cuts the units out.
 
-    By default a unit's score comes from its weights alone: ``d`` being the norm of all
-    that it holds, its score is ``d**2`` over the sum of all ``d**2`` of its layer that are
-    not smaller, Eq. 10 of the DIMAP paper with units in place of weights.
+    By default a unit's score comes from its weights alone. With ``d``, the norm of the rows
+    that make the unit times the norm of the columns that read it, the score is ``d**2`` over
+    the sum of all ``d**2`` of its layer that are not smaller: Eq. 10 of the DIMAP paper with
+    units in place of weights.
 
     Whatever fails, the model is left as it was.
 
@@ -158,6 +159,7 @@ def plan_units(
     """Check and rank units; the arguments are those of the public call."""
     groups = _check_units(units, caller)
     _check_numbers(minimum, multiple, caller)
+    maskable_parts(groups, caller)
     scores = _rank(groups, importance_scores, pruning_method, multiple, caller)
     return UnitPlan(caller, groups, scores, minimum)
 
@@ -225,7 +227,7 @@ def _rank(
         ranked[group] = []
         for layer in layers:
             unmasked = layer.unmasked().cpu()
-            values = unit_norms(layer) if given is None else given[layer].detach().abs()
+            values = unit_magnitudes(layer) if given is None else given[layer].detach().abs()
             scores = ranking(values.cpu().double().where(unmasked, 0.0))
             steps = multiple if layer.kind == NEURONS else 1
             ranked[group].append(LayerScores(scores, unmasked, steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from torch_dimap.text import name_some
 from torch_dimap.units.counts import note_cut
 from torch_dimap.units.description import Part, UnitLayer
 from torch_dimap.units.grouping import UnitRule, describe_units
+from torch_dimap.units.slimming import slim_class
 
 CALL = "remove_units()"
 
@@ -72,7 +74,7 @@ def remove_units(model: nn.Module, rule: UnitRule | None = None) -> nn.Module:
         3
     """
     layers = describe_units(model, rule, CALL)
-    list(pruned_tensors(model, CALL))  # all are sound, or nothing changes
+    deque(pruned_tensors(model, CALL), maxlen=0)  # all are sound, or nothing changes
     keeps = {layer: keep for layer in layers if not (keep := layer.alive()).all()}
     obstacles = [f"{layer.name} ({layer.obstacle})" for layer in keeps if layer.obstacle]
     if obstacles:
@@ -132,15 +134,15 @@ def _drop_idle_masks(layer: UnitLayer) -> None:
     """Remove the masks that hide nothing any more."""
     for part in layer.parts:
         if part.mask is not None and part.mask.all():
-            bake(Layer(part.name, part.module, part.name))
+            bake(Layer(layer.name, part.module, part.name))
     for reader in known_readers(part.module for part in layer.parts):
         release(reader)
 
 
 def _follow(layer: UnitLayer, units: int) -> None:
     """Set the numbers that modules keep of their units and of their tensors' sizes."""
-    for module, name, per_unit in layer.attributes:
-        setattr(module, name, per_unit * units)
+    for attribute in layer.attributes:
+        attribute.follow(units)
     for module in {part.module: None for part in layer.parts}:
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = _shape(module)
@@ -152,9 +154,11 @@ def _follow(layer: UnitLayer, units: int) -> None:
             module.out_channels = _shape(module)[0]
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.num_features = _shape(module)[0]
+    if hasattr(layer.module, "attention_bias_cache"):  # of timm: biases of the former heads
+        vars(layer.module)["attention_bias_cache"] = {}
     forward = layer.forward if units else layer.empty
     if forward is not None:
-        layer.module.__class__ = forward  # type: ignore[assignment]
+        layer.module.__class__ = slim_class(type(layer.module), forward)
 
 
 def _shape(module: nn.Module) -> torch.Size:
