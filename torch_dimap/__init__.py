@@ -41,6 +41,7 @@ from torch_dimap.masking import (
     hold_masks,
     remove_all,
 )
+from torch_dimap.reconstruction import reconstruct
 from torch_dimap.selection import dimap_scores
 from torch_dimap.units import global_module_aware_structured, group_units, remove_units
 
@@ -75,6 +76,7 @@ __all__ = [
     "prune_to_parameters",
     "prune_units_to_flops",
     "prune_units_to_latency",
+    "reconstruct",
     "remove_all",
     "remove_units",
     "save_pruned",

@@ -30,6 +30,7 @@ from torch_dimap.masking.targets import (
     find_layers_in,
     refuse_taken_names,
 )
+from torch_dimap.masking.untouched import untouched
 
 __all__ = [
     "SINGLE_GROUP",
@@ -66,4 +67,5 @@ __all__ = [
     "remove_all",
     "snapshot",
     "survey",
+    "untouched",
 ]
