@@ -37,7 +37,7 @@ from images import (
     training_loader,
     unlabelled_batches,
 )
-from methods import METHODS, UNITS, cubic_schedule, prune_to
+from methods import METHODS, SCORED, UNITS, cubic_schedule, prune_to
 from models import (
     add_model_kwargs_argument,
     add_weights_arguments,
@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
         help="the fraction of the prunable weights to remove, 0 to 1, or with --method units of "
         "the heads and of the neurons; 0 trains a dense model")
     add("--method", default="dimap",
-        choices=[*(name for name, (_, by) in METHODS.items() if by != "gradient"), UNITS],
+        choices=[*(name for name, (_, by) in METHODS.items() if by not in SCORED), UNITS],
         help="what is ranked, and against what (default: dimap)")
     add("--steps", type=int, default=1, metavar="N",
         help="reach the amount in N rounds over the epochs, along a cubic curve (default: 1)")

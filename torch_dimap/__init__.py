@@ -41,7 +41,7 @@ from torch_dimap.masking import (
     hold_masks,
     remove_all,
 )
-from torch_dimap.reconstruction import reconstruct
+from torch_dimap.reconstruction import reconstruct, sparsegpt_scores, wanda_scores
 from torch_dimap.selection import dimap_scores
 from torch_dimap.units import global_module_aware_structured, group_units, remove_units
 
@@ -80,5 +80,7 @@ __all__ = [
     "remove_all",
     "remove_units",
     "save_pruned",
+    "sparsegpt_scores",
     "summarize",
+    "wanda_scores",
 ]
