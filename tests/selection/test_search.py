@@ -146,6 +146,22 @@ def test_select_ranks_float64_entries_whose_squares_underflow():
         assert selection.select([layer], count)[0][0].int().tolist() == kept
 
 
+@pytest.mark.parametrize("giant", [1e300, 1e-10])
+def test_select_ranks_float64_entries_beside_a_masked_giant(giant):
+    layer = torch.tensor([giant, 1.0, 2.0, 3.0], dtype=torch.float64)
+    layer[1:] *= giant * 1e-290 * 1e-20  # whose squares would underflow beside the giant's
+    masks = [torch.tensor([False, True, True, True]), None]
+    for count in range(7):
+        assert_selects_like(select_exactly, [layer, torch.tensor([1.0, 2.0, 3.0])], count, masks)
+
+
+def test_select_takes_no_part_in_a_default_device():
+    weight = torch.arange(6.0, dtype=torch.float64)
+    with torch.device("meta"):
+        (keep,), _ = selection.select([weight], 4)
+    assert keep.tolist() == [False] * 4 + [True] * 2
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_select_is_the_same_for_any_block_size_threads_and_device(device, monkeypatch):
     generator = torch.Generator().manual_seed(5)

@@ -53,30 +53,35 @@ def blocks_of(weight: Tensor, mask: Tensor | None) -> Blocks:
 def read_weight(blocks: Blocks, what: str) -> FlatWeight:
     """Count a weight's entries and sum their squares; raise unless all are finite."""
     scale = _scale(blocks)
-    size, chooseable, energies, masked_energies = 0, [], [], []
+    size, chooseable, energies, others = 0, [], [], []
     for weight, allowed in blocks():
         size += weight.numel()
-        energies.append(_energy(weight, scale))
         if allowed is not None:
             chooseable.append(count_true(allowed))
-            masked_energies.append(_energy(torch.where(allowed, weight, 0.0), scale))
+            others.append(_zero_if_finite(weight))
+            weight = torch.where(allowed, weight, 0.0)
+        energies.append(_energy(weight, scale))
     energy = total(energies)
-    if not math.isfinite(energy):
+    if not math.isfinite(energy + total(others)):
         raise no_rank(what)
-    if not chooseable:
-        return FlatWeight(blocks, size, size, scale, energy)
-    return FlatWeight(blocks, size, int(total(chooseable)), scale, total(masked_energies))
+    return FlatWeight(blocks, size, int(total(chooseable)) if chooseable else size, scale, energy)
 
 
 def _scale(blocks: Blocks) -> float:
     """Return what to multiply float64 entries by: the squares of all others fit in anyway."""
-    largest = torch.zeros((), dtype=torch.float64)
-    for weight, _ in blocks():
+    largest = []  # of what may go: entries behind a mask may be far greater
+    for weight, allowed in blocks():
         if weight.dtype != torch.float64:
             return 1.0
         if weight.numel():
-            largest = torch.maximum(largest.to(weight.device), weight.abs().max())
-    return unit_scale(largest).item()
+            largest.append(magnitude_of(weight, allowed).max())
+    return unit_scale(torch.stack(largest).max()).item() if largest else 1.0
+
+
+def _zero_if_finite(weight: Tensor) -> Tensor | float:
+    """Return NaN for a block with NaN or infinity, without squares, which might overflow."""
+    zero = (weight - weight).sum()
+    return zero if zero.device.type != "cpu" else float(zero)
 
 
 def magnitude_of(weight: Tensor, chooseable: Tensor | None) -> Tensor:
