@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -67,3 +69,33 @@ def test_threads_started_meanwhile_keep_the_setting_of_all():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_an_interrupt_while_threads_begin_leaves_none_waiting_and_the_setting_of_all(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted_at_second(ThreadPoolExecutor))
+    try:
+        with pytest.raises(KeyboardInterrupt), threaded_map(4):
+            raise AssertionError("unreachable")
+        seen: list[int] = []
+        other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+        assert seen == [2] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def interrupted_at_second(pool):
+    """Return ``submit`` as if Ctrl-C came after the first worker has begun to wait."""
+    submit, done = pool.submit, []
+
+    def interrupted(self, function):
+        if done:
+            time.sleep(0.1)
+            raise KeyboardInterrupt
+        done.append(submit(self, function))
+        return done[0]
+
+    return interrupted

@@ -45,17 +45,21 @@ def _limit_to_one(pool: ThreadPoolExecutor, workers: int) -> None:
     later on. So it is set back at once, not to limit threads of other parts of a program.
     """
     before = torch.get_num_threads()
-    limited = Barrier(workers + 1)
+    limited = Barrier(workers)  # each waits for all others, so that each takes one
 
     def limit() -> None:
         torch.get_num_threads()  # from this first call on its own setting counts
         torch.set_num_threads(1)
         limited.wait()
 
-    for _ in range(workers):  # each waits, so that each takes one
-        pool.submit(limit)
-    limited.wait()
-    torch.set_num_threads(before)
+    try:
+        for future in [pool.submit(limit) for _ in range(workers)]:
+            future.result()
+    except BaseException:  # also Ctrl-C, before all have begun
+        limited.abort()
+        raise
+    finally:
+        torch.set_num_threads(before)
 
 
 def thrifty(map_: Map) -> Map:
