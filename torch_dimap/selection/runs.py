@@ -112,7 +112,7 @@ class _Inside:
             values = ascending(torch.cat(self.loose))
             distinct, counts = _merge(values)
             if 2 * len(distinct) > len(values):
-                self.loose = [torch.from_numpy(values)]
+                self.loose = [torch.from_numpy(values).to(magnitude.device)]
             else:
                 self._join(distinct, counts)
                 self.loose, self.held = [], 0
