@@ -146,7 +146,7 @@ def parse() -> argparse.Namespace:
         help="fractions of the units (default: 0.25 0.5 0.75 0.9)")
     names = [", ".join(method) for method in METHODS]
     add("--methods", nargs="+", choices=names, default=names, metavar="NAME",
-        help=f"score and ranking, of {'; '.join(names)} (default: all)")
+        help="a score and how it ranks, such as 'product, share' (default: all)")
     add("--reconstruct", type=int, nargs="*", default=[], metavar="N",
         help="also refit the kept weights, on each of these numbers of images")
     add("--minimum", type=int, default=0, metavar="N",
