@@ -7,7 +7,8 @@ the smaller model still puts in their class.
 
 Give one checkpoint for each seed of training; the table then shows means, lowest and
 highest. With --reconstruct 512 every model is also measured with its kept weights refitted
-on so many training images, without their labels, before the units are removed. Writes NAME.csv (every measurement) and NAME.md to --output.
+on so many training images, without their labels, before the units are removed. Writes
+NAME.csv (every measurement) and NAME.md to --output.
 """
 
 from __future__ import annotations
@@ -231,7 +232,7 @@ def markdown(rows: list[dict], options: argparse.Namespace) -> str:
         text = f"{statistics.mean(values):.2f}"
         return text + (f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else "")
 
-    lines = [f"Top-1 in one shot; dense {cell(score='dense')}. Columns: the share of the units "
+    lines = [f"Top-1 without fine-tuning; dense {cell(score='dense')}. Columns: the share of the units "
              f"of that kind that is removed; every layer keeps at least {options.minimum}."]
     for kind in options.kinds:
         lines += [
