@@ -21,7 +21,7 @@ from pathlib import Path
 
 import timm
 import torch
-from images import count_correct, open_split, test_loader
+from images import add_loading_arguments, count_correct, open_split, test_loader
 from models import (
     add_model_kwargs_argument,
     add_weights_arguments,
@@ -32,7 +32,6 @@ from models import (
 from provenance import machine_name
 from prune_timm import find_images, reconstruct
 from speed import take_times
-from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -48,8 +47,6 @@ def parse() -> argparse.Namespace:
     add("model", metavar="MODEL", help="a timm name")
     add_weights_arguments(parser)
     add_model_kwargs_argument(parser)
-    add("--data-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE",
-        help="for timm.data.resolve_data_config, such as crop_pct=1.0")  # fmt: skip
     goal = parser.add_mutually_exclusive_group(required=True)
     for name, what in (
         ("latency", "the share of the time of a forward to keep, measured"),
@@ -70,12 +67,7 @@ def parse() -> argparse.Namespace:
         help="images in a forward that is timed (default: 1)")
     add("--rounds", type=int, default=25, metavar="N",
         help="forwards of each model for the times in the table (default: 25)")
-    add("--batch-size", type=int, default=64, metavar="N",
-        help="images in a forward that is tested (default: 64)")
-    add("--workers", type=int, default=2, metavar="N", help="loader processes (default: 2)")
-    add("--device", choices=["cuda", "cpu"],
-        default="cuda" if torch.cuda.is_available() else "cpu", help="(default: what is there)")
-    parser.set_defaults(amp="none")
+    add_loading_arguments(parser)
     options = parser.parse_args()
     for name in ("latency", "flops", "amount"):
         value = getattr(options, name)
