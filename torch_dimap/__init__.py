@@ -34,6 +34,7 @@ from torch_dimap.masking import (
     hold_masks,
     remove_all,
 )
+from torch_dimap.reconstruction import reconstruct
 from torch_dimap.selection import dimap_scores
 
 __version__ = "0.1.0"
@@ -60,6 +61,7 @@ __all__ = [
     "prune_checkpoint",
     "prune_to_flops",
     "prune_to_parameters",
+    "reconstruct",
     "remove_all",
     "save_pruned",
     "summarize",

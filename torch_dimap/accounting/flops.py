@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from torch_dimap.accounting.products import Handle, product_handles, refuse_unknown
-from torch_dimap.masking import Layer, Pair, find_layers_in, pruning_methods, snapshot
+from torch_dimap.masking import Layer, Pair, find_layers_in, pruned_tensors, untouched
 
 
 class Flops(NamedTuple):
@@ -133,7 +131,10 @@ def _trace(
         from fvcore.nn import FlopCountAnalysis
 
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: it cannot be traced
-    with _untouched(model):
+    with untouched(model):
+        for layer in pruned_tensors(model, "count_flops()"):
+            # For parents that read the tensor before any hook has made it anew.
+            vars(layer.module)[layer.name] = layer.parameter
         analysis = FlopCountAnalysis(model, inputs)
         analysis.set_op_handle(**{**product_handles(model, layers), **op_handles})
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
@@ -144,32 +145,3 @@ def _trace(
         if isinstance(key, Layer):
             dense[key.label] += int(count)
     return int(total), dense
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Let a dense forward in evaluation mode run, then put back all that it changed."""
-    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    put_back = snapshot(modules)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    training = model.training
-    fastpath, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
-    try:
-        model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer
-        torch.set_autocast_cache_enabled(False)  # what it holds is foreign to the trace
-        for module in modules:
-            for method in pruning_methods(module):
-                # For parents that read the tensor before any hook has made it anew.
-                name = method._tensor_name
-                vars(module)[name] = module._parameters[f"{name}_orig"]
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        torch.set_autocast_cache_enabled(cache)
-        model.train(training)  # some models clear caches here
-        put_back()
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)

@@ -20,6 +20,7 @@ from torch_dimap.masking.targets import (
     find_layers_in,
     refuse_taken_names,
 )
+from torch_dimap.masking.untouched import untouched
 
 __all__ = [
     "DimapUnstructured",
@@ -47,4 +48,5 @@ __all__ = [
     "refuse_taken_names",
     "remove_all",
     "snapshot",
+    "untouched",
 ]

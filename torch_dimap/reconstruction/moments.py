@@ -1,0 +1,52 @@
+"""Sums over all tokens of all batches, which are all that a refit needs to know of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHUNK = 2**24  # entries of the inputs that are multiplied at once
+
+
+class Moments:
+    """Sums for rows of one layer: float32 products of some tokens, added up in float64.
+
+    Attributes:
+        inputs: X^T X, for the inputs X of the layer, d x d; with a bias, which is a weight of
+            an input that is always one, d is one more than the layer's inputs.
+        errors: E^T X, for what the outputs lack to their targets, r x d.
+        error: |E|^2.
+        target: the targets' sum of squares.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.inputs = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+        self.errors = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+        self.error = torch.zeros((), dtype=torch.float64, device=device)
+        self.target = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, inputs: Tensor, wanted: Tensor, weight: Tensor, kept: Tensor) -> None:
+        """Take in some tokens.
+
+        Args:
+            inputs: what the layer sees, n x d without the ones for a bias.
+            wanted: what the dense ``weight`` turns into the targets, n x d; it may be
+                ``inputs`` itself.
+            weight: the dense weights, and the bias in a last column, float32, r x d.
+            kept: the same, zeros where they are masked.
+        """
+        size = max(1, _CHUNK // max(weight.shape))
+        for x, z in zip(inputs.split(size), wanted.split(size)):
+            x = _with_ones(x, weight)
+            z = x if wanted is inputs else _with_ones(z, weight)
+            target = z @ weight.t()
+            error = target - x @ kept.t()
+            self.inputs += x.t() @ x
+            self.errors += error.t() @ x
+            self.error += error.square().sum(dtype=torch.float64)
+            self.target += target.square().sum(dtype=torch.float64)
+
+
+def _with_ones(x: Tensor, weight: Tensor) -> Tensor:
+    x = x.float()
+    return x if x.shape[1] == weight.shape[1] else torch.cat([x, x.new_ones(len(x), 1)], 1)

@@ -1,0 +1,121 @@
+"""Batches on their way through a model, from step to step, with weights of a stream's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_dimap.masking import Layer
+from torch_dimap.reconstruction.steps import Step, Swap, map_tensors, swapped
+from torch_dimap.reconstruction.watching import Use, Watch
+
+
+class _Enough(BaseException):
+    """Ends a forward that has shown what it was run for; no error, so no code catches it."""
+
+
+class Stream:
+    """A model's forward on some batches, as far as it has come.
+
+    Args:
+        call: runs the model on the batch of a number.
+        batches: how many there are.
+        steps: of the forward.
+        weights: what to put into the modules while this stream's forward runs; it may grow.
+    """
+
+    def __init__(
+        self, call: Callable[[int], Any], batches: int, steps: Sequence[Step], weights: list[Swap]
+    ) -> None:
+        self.call, self.batches, self.steps, self.weights = call, batches, steps, weights
+        self.given: list[list[Any]] = []  # for every finished step, what it gave for each batch
+
+    def watch(
+        self, batch: int, layers: Sequence[Layer], uses: int, seen: Callable[[Use], None]
+    ) -> None:
+        """Run the step in work on a batch until layers were used so many times."""
+        left = uses
+
+        def count(use: Use) -> None:
+            nonlocal left
+            seen(use)
+            left -= 1
+            if not left:
+                raise _Enough
+
+        with Watch(layers, count):
+            self._run(batch, [])
+        if left:
+            raise RuntimeError(
+                f"{layers[0].label} must be used alike in all batches, found batch {batch} to use "
+                "it less often than the first: give batches of one kind."
+            )
+
+    def advance(self) -> None:
+        """Run the step in work on all batches, and let go of what no later step uses."""
+        i = len(self.given)
+        step = self.steps[i].module
+        outputs = []
+        forward = step.forward
+
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            outputs.append(forward(*args, **kwargs))
+            raise _Enough
+
+        for batch in range(self.batches):
+            self._run(batch, [(vars(step), "forward", keep)])
+            for k in range(i):
+                if self.steps[k].last_user <= i:
+                    self.given[k][batch] = map_tensors(self.given[k][batch], _placeholder)
+        self.given.append(outputs)
+
+    def _run(self, batch: int, forwards: list[Swap]) -> None:
+        """Run the model on a batch, the finished steps giving what they gave."""
+        for step, given in zip(self.steps, self.given):
+            forwards.append((vars(step.module), "forward", _giving(given[batch])))
+        # The same random numbers for every run, and none of them taken from the caller's.
+        with torch.random.fork_rng(_cuda()), swapped([*self.weights, *forwards]):
+            try:
+                self.call(batch)
+            except _Enough:
+                pass
+
+
+def _cuda() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
+def _giving(output: Any) -> Callable:
+    """Make a forward that gives a copy of what is kept: the model may work on it in place."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return map_tensors(output, lambda t: t if 0 in t.stride() else t.clone())
+
+    return forward
+
+
+def _placeholder(tensor: Tensor) -> Tensor:
+    """Stand in for a tensor that nothing is made of any more; if it were, there would be NaN."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.new_full((), math.nan).expand(tensor.shape)
+
+
+def dense_weights(layers: Sequence[Layer]) -> list[Swap]:
+    """Let every mask keep everything, so that the model is the dense one."""
+    swaps: list[Swap] = []
+    for layer in layers:
+        mask = layer.module._buffers[f"{layer.name}_mask"]
+        ones = torch.ones((), dtype=torch.bool, device=mask.device).expand(mask.shape)
+        swaps.append((layer.module._buffers, f"{layer.name}_mask", ones))
+    return swaps
+
+
+def other_value(module: nn.Module, name: str, value: Tensor) -> Swap:
+    """Put other values in the place of a parameter, behind its mask if it has one."""
+    held = f"{name}_orig" if f"{name}_orig" in module._parameters else name
+    return module._parameters, held, nn.Parameter(value, requires_grad=False)

@@ -1,0 +1,126 @@
+"""What a layer's weight is multiplied with, however a model comes to do it.
+
+Below autograd every product of a network is one of a few operators, and the weight is one of
+its operands, whole or in rows, whether the layer is called, read by its parent, part of
+``nn.MultiheadAttention``, or a 1x1 convolution. So the operators are watched, not the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch_dimap.masking import Layer
+
+aten = torch.ops.aten
+
+# Operator -> which arguments are the inputs, the weight and, if there is one, the bias.
+_PRODUCTS = {
+    aten.linear.default: (0, 1, 2),
+    aten.addmm.default: (1, 2, 0),
+    aten.mm.default: (0, 1, None),
+    aten.bmm.default: (0, 1, None),
+    aten.convolution.default: (0, 1, 2),
+}
+_SUMS = (aten.add.Tensor, aten.add_.Tensor)
+
+
+class Use(NamedTuple):
+    """One product with rows of a layer's weight."""
+
+    layer: Layer
+    rows: tuple[int, int]  # first, and one behind the last
+    inputs: Tensor  # a row for each token: n x d
+
+
+class Watch(TorchDispatchMode):
+    """Hand over the inputs of some layers while a forward runs, just before each product.
+
+    Args:
+        layers: whose weights to look for.
+        seen: called with every :class:`Use`; what it raises ends the forward.
+
+    Attributes:
+        biased: labels of the layers to whose outputs the bias that their module holds was added.
+        unclear: labels of those that were in a product of another kind.
+    """
+
+    def __init__(self, layers: Sequence[Layer], seen: Callable[[Use], None]) -> None:
+        super().__init__()
+        self.layers, self.seen = layers, seen
+        self.biased: set[str] = set()
+        self.unclear: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS:
+            x, w, b = (args[i] if i is not None and i < len(args) else None
+                       for i in _PRODUCTS[func])  # fmt: skip
+            for layer in self.layers:
+                weight = getattr(layer.module, layer.name)
+                if _same_memory(w, weight):
+                    uses = _uses(func, weight, x, w, args)
+                    for rows, inputs in uses:
+                        self.seen(Use(layer, rows, inputs))
+                    if not uses:
+                        self.unclear.add(layer.label)
+                elif _same_memory(x, weight):
+                    self.unclear.add(layer.label)
+            self._look_for_bias(b)
+        elif func in _SUMS:
+            self._look_for_bias(args[1])
+        return func(*args, **(kwargs or {}))
+
+    def _look_for_bias(self, operand: Any) -> None:
+        if isinstance(operand, Tensor):
+            for layer in self.layers:
+                bias = bias_of(layer)
+                if bias and _same_memory(operand, getattr(layer.module, bias)):
+                    self.biased.add(layer.label)
+
+
+def bias_of(layer: Layer) -> str | None:
+    """Name the bias that belongs to a layer's weight, if its module has one."""
+    name = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(layer.name)
+    held = name and isinstance(getattr(layer.module, name, None), Tensor)
+    return name if held else None
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors, both alive, are views of the same memory."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0
+
+
+def _uses(
+    func: Any, weight: Tensor, x: Tensor, w: Tensor, args: Any
+) -> list[tuple[tuple[int, int], Tensor]]:
+    """Return rows of a weight and what they are multiplied with; nothing if that is unclear."""
+    if func is aten.convolution.default:
+        return _convolved(weight, x, w, *args[3:9])
+    if w.dim() == 3 and len(w) == 1:
+        x, w = x[0], w[0]
+    w = w if func is aten.linear.default else w.mT
+    stride = weight.stride()[:2]
+    offset = w.storage_offset() - weight.storage_offset()
+    alike = [w.stride(i) == stride[i] or w.shape[i] == 1 for i in range(2)] if w.dim() == 2 else []
+    if not alike or not all(alike) or w.shape[1] != weight.shape[1] or offset % stride[0]:
+        return []
+    first = offset // stride[0]
+    return [((first, first + len(w)), x.reshape(-1, x.shape[-1]))]
+
+
+def _convolved(
+    weight: Tensor, x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any,
+    transposed: bool, output_padding: Any, groups: int,
+) -> list[tuple[tuple[int, int], Tensor]]:  # fmt: skip
+    if transposed or any(padding) or any(side != 1 for side in w.shape[2:]):
+        return []
+    if len(w) != len(weight):
+        return []
+    x = x[(slice(None), slice(None), *(slice(None, None, step) for step in stride))]
+    parts = x.movedim(1, -1).reshape(-1, x.shape[1]).chunk(groups, 1)
+    size = len(weight) // groups
+    return [((i * size, (i + 1) * size), part) for i, part in enumerate(parts)]
