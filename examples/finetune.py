@@ -5,6 +5,7 @@ The defaults are the paper's recipe: AdamW, 30 epochs, learning rate up from 2e-
 
     python examples/finetune.py swin_tiny_patch4_window7_224 --pretrained --data imagenet \\
         --amount 0.55 --output swin_tiny_55
+    python examples/finetune.py ... --reconstruct 256          refits the kept weights first
     torchrun --nproc-per-node 8 examples/finetune.py ...       on eight GPUs
     python examples/finetune.py ... --resume                   after an interruption
     python examples/finetune.py ... --random-init --amount 0   trains a dense model
@@ -32,6 +33,7 @@ from images import (
     set_transforms,
     test_loader,
     training_loader,
+    unlabelled_batches,
 )
 from methods import METHODS, cubic_schedule, prune_to
 from models import (
@@ -49,7 +51,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from training import (
     Training,
@@ -83,6 +85,8 @@ def parse() -> argparse.Namespace:
         default="dimap", help="what is ranked, and against what (default: dimap)")
     add("--steps", type=int, default=1, metavar="N",
         help="reach the amount in N rounds over the epochs, along a cubic curve (default: 1)")
+    add("--reconstruct", type=int, default=0, metavar="N",
+        help="refit the kept weights on N training images before the first epoch (default: 0)")
     add("--epochs", type=int, default=30, help="(default: 30)")
     add("--warmup-epochs", type=int, default=15, metavar="N", help="(default: 15)")
     add("--lr", type=float, default=2e-5, help="the highest learning rate (default: 2e-5)")
@@ -104,6 +108,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--amount must lie between 0 and 1, found {options.amount}")
     if not 1 <= options.steps <= options.epochs:
         parser.error(f"--steps must lie between 1 and --epochs, found {options.steps}")
+    if options.reconstruct < 0 or options.reconstruct and not options.amount:
+        parser.error("--reconstruct takes a number of images, and a model to prune")
     if not 0 <= options.warmup_epochs < options.epochs:
         parser.error(f"--warmup-epochs must lie below --epochs, found {options.warmup_epochs}")
     if not 0 <= options.ema_decay < 1:
@@ -164,6 +170,19 @@ def prune_alike(model: nn.Module, share: float, options: argparse.Namespace, epo
         fail("the processes came to different masks: do all run the same versions and weights?")
 
 
+def reconstruct_alike(
+    model: nn.Module, train: Dataset, test: Dataset, options: argparse.Namespace
+) -> None:
+    """Refit the kept weights, in every process to the same values."""
+    batches = unlabelled_batches(
+        train, options.reconstruct, options.batch_size, test.transform, options.seed
+    )
+    torch_dimap.reconstruct(model, batches)
+    if dist.is_initialized():  # on GPUs the same sums may differ in their last bits
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, src=0)
+
+
 def masks(model: nn.Module) -> dict[str, Tensor]:
     weights = dict(model.named_parameters())
     return {
@@ -188,14 +207,19 @@ def build(options: argparse.Namespace, classes: int, state: dict | None) -> nn.M
     return model.to(options.device)
 
 
+def prune_first(
+    model: nn.Module, train: Dataset, test: Dataset, options: argparse.Namespace
+) -> None:
+    """Do the first round of pruning, before there is an optimizer."""
+    prune_alike(model, pruning_rounds(options)[0], options, epoch=0)
+    if options.reconstruct:
+        reconstruct_alike(model, train, test, options)
+
+
 def prepare(
     model: nn.Module, loader: DataLoader, options: argparse.Namespace, state: dict | None
 ) -> Training:
-    """Prune for the first time, and build what goes by the names and order of the weights."""
-    if state and options.amount:
-        prune_to(model, options.method, 0.0)  # makes room for the state's masks
-    elif options.amount:
-        prune_alike(model, pruning_rounds(options)[0], options, epoch=0)
+    """Build what goes by the names and order of the weights of a pruned model."""
     optimizer = create_optimizer_v2(
         model, options.opt, lr=options.lr, weight_decay=options.weight_decay
     )
@@ -231,6 +255,10 @@ def run(options: argparse.Namespace) -> None:
     loader = training_loader(train, options, rank, world)
     if updates_per_epoch(loader, options) == 0:
         fail(f"{len(train)} training images fill no step: lower --batch-size or --accumulate.")
+    if state and options.amount:
+        prune_to(model, options.method, 0.0)  # makes room for the state's masks
+    elif options.amount:
+        prune_first(model, train, test, options)
     training = prepare(model, loader, options, state)
     forward = model if world == 1 else DistributedDataParallel(
         model, device_ids=[torch.cuda.current_device()] if options.device == "cuda" else None
@@ -261,6 +289,7 @@ def run(options: argparse.Namespace) -> None:
         training.epochs_done += 1
         training.log.append({
             "method": options.method if options.amount else "dense", "amount": options.amount,
+            "reconstruct": options.reconstruct,
             "seed": options.seed, "epoch": epoch + 1, "loss": loss, "top1": top1, "zeros": gone,
             "lr": training.optimizer.param_groups[0]["lr"],
             "images_per_second": round(images * world / seconds, 1), **about,

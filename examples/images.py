@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from models import fail
 from PIL import Image
 from timm.utils import ParseKwargs
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.datasets import ImageFolder
 
@@ -131,6 +133,17 @@ def test_loader(
     return DataLoader(
         share, options.batch_size, num_workers=options.workers, pin_memory=options.device == "cuda"
     )
+
+
+def unlabelled_batches(
+    images: Dataset, count: int, batch_size: int, transform: Callable, seed: int
+) -> list[Tensor]:
+    """Return a random choice of a data set's images in batches, as a model under test sees them."""
+    images = copy.copy(images)
+    images.transform = transform
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(images), generator=generator)[:count].tolist()
+    return list(torch.stack([images[i][0] for i in chosen]).split(batch_size))
 
 
 def autocast(options: argparse.Namespace) -> torch.autocast:

@@ -2,18 +2,27 @@
 
     python examples/prune_timm.py swin_tiny_patch4_window7_224 --amount 0.55 --pretrained \\
         --output swin_tiny_55.safetensors
+    python examples/prune_timm.py ... --images FOLDER --reconstruct 256   refits what is kept
 """
 
 from __future__ import annotations
 
 import argparse
+import random
+import statistics
+import sys
 from pathlib import Path
 
 import timm
 import torch
+from images import read_image
 from models import add_weights_arguments, fail, load_model, save_model
+from PIL import Image
+from torch import nn
 
 import torch_dimap
+
+BATCH = 32
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -24,8 +33,39 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--amount", type=float, required=True, metavar="A",
                         help="the fraction of the prunable weights to remove, 0 to 1")  # fmt: skip
     add_weights_arguments(parser)
+    parser.add_argument("--images", type=Path, metavar="DIR",
+                        help="images of any kind that the model is for, in any subfolders")
+    parser.add_argument("--reconstruct", type=int, default=0, metavar="N",
+                        help="refit the kept weights on N of the images (default: 0)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the baked model")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if bool(options.images) != (options.reconstruct > 0) or options.reconstruct < 0:
+        parser.error("--images and --reconstruct, a number of images, go together")
+    return options
+
+
+def find_images(folder: Path) -> list[Path]:
+    """List the image files in a folder and in those inside it."""
+    kinds = Image.registered_extensions()
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds and p.is_file())
+    if not found:
+        fail(f"there are no images in {folder}.")
+    return found
+
+
+def reconstruct(model: nn.Module, images: list[Path], count: int) -> None:
+    """Refit the kept weights on some of the images, and tell what that did."""
+    config = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**config, is_training=False)
+    chosen = random.Random(0).sample(images, min(count, len(images)))
+    batches = [
+        torch.stack([transform(read_image(str(path))) for path in chosen[i : i + BATCH]])
+        for i in range(0, len(chosen), BATCH)
+    ]
+    misfits = torch_dimap.reconstruct(model, batches, progress=sys.stderr.isatty())
+    before, after = (statistics.mean(x) for x in zip(*misfits.values()))
+    print(f"Reconstructed on {sum(map(len, batches))} images: the outputs of a layer were off by "
+          f"{before:.1%} of their norm, and are by {after:.1%} (means over layers).")  # fmt: skip
 
 
 def main() -> None:
@@ -34,6 +74,7 @@ def main() -> None:
         fail(f"--amount must lie between 0 and 1, found {options.amount}.")
     if options.output and not options.output.resolve().parent.is_dir():
         fail(f"there is no folder {options.output.resolve().parent}.")
+    images = find_images(options.images) if options.images else []
     model = load_model(options.model, pretrained=options.pretrained, checkpoint=options.checkpoint)
     if options.random_init:
         print("Weights: random. The table is about sizes only; accuracy means nothing.")
@@ -42,6 +83,11 @@ def main() -> None:
     except ValueError as error:
         fail(str(error))
     thresholds = torch_dimap.global_module_aware_unstructured(groups, amount=options.amount)
+    if images:
+        try:
+            reconstruct(model, images, options.reconstruct)
+        except OSError as error:
+            fail(str(error))
     size = timm.data.resolve_model_data_config(model)["input_size"]
     print(torch_dimap.summarize(model, torch.zeros(1, *size), thresholds=thresholds))
     if options.output:

@@ -20,7 +20,7 @@ from torch_dimap.masking.targets import (
     find_layers_in,
     refuse_taken_names,
 )
-from torch_dimap.masking.untouched import untouched
+from torch_dimap.masking.trials import untouched
 
 __all__ = [
     "DimapUnstructured",

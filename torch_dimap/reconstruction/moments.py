@@ -19,11 +19,12 @@ class Moments:
         target: the targets' sum of squares.
     """
 
-    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
-        self.inputs = torch.zeros(columns, columns, dtype=torch.float64, device=device)
-        self.errors = torch.zeros(rows, columns, dtype=torch.float64, device=device)
-        self.error = torch.zeros((), dtype=torch.float64, device=device)
-        self.target = torch.zeros((), dtype=torch.float64, device=device)
+    def __init__(self, weight: Tensor) -> None:
+        rows, columns = weight.shape
+        self.inputs = weight.new_zeros(columns, columns, dtype=torch.float64)
+        self.errors = weight.new_zeros(rows, columns, dtype=torch.float64)
+        self.error = weight.new_zeros((), dtype=torch.float64)
+        self.target = weight.new_zeros((), dtype=torch.float64)
 
     def add(self, inputs: Tensor, wanted: Tensor, weight: Tensor, kept: Tensor) -> None:
         """Take in some tokens.

@@ -21,10 +21,10 @@ from torch_dimap.masking import (
     pruning_methods,
     untouched,
 )
-from torch_dimap.reconstruction.batches import read_batches, to_device
-from torch_dimap.reconstruction.refitting import Misfit, Problem, gather
+from torch_dimap.reconstruction.batches import Call, read_batches, to_device
+from torch_dimap.reconstruction.refitting import Misfit, Refit, gather
 from torch_dimap.reconstruction.steps import Trace, note_last_users, trace
-from torch_dimap.reconstruction.streams import Stream, dense_weights, other_value
+from torch_dimap.reconstruction.streams import Stream, dense_weights, other_values
 from torch_dimap.text import name_some, warn
 
 CALLER = "reconstruct()"
@@ -39,68 +39,125 @@ def reconstruct(
     groups: Parameters | None = None,
     progress: bool = False,
 ) -> dict[str, Misfit]:
-    """Refit."""
+    """Refit the kept weights of a masked model, so that each layer gives what it gave.
+
+    Pruning leaves the kept weights as they were. Here they are chosen anew, by least squares
+    on the inputs that each layer gets from a few images: without labels, without gradients,
+    in minutes. The kept entries of ``<name>_orig`` change, and the biases of the layers;
+    masks, what they hide and everything else stay. Masks may be of single weights or of whole
+    rows and columns; a masked bias does not change.
+
+    The targets are what the dense model gives, which is still behind the masks. So call it
+    once, right after pruning: after a training or a second call, what is behind the masks is
+    no dense model any more.
+
+    A failure or Ctrl-C leaves the model as it was.
+
+    Args:
+        model: a pruned model; it is run in evaluation mode and comes back in its own.
+        batches: images, as the model takes them: an iterable of tensors, of tuples of
+            arguments, or of dicts of named ones. Of ``(images, labels)`` and of a dict's
+            ``"labels"`` only the images are used. All are kept in memory, and one batch is
+            run at a time. 128 to 512 images do.
+        sequential: True: layer after layer in the order of the forward, each on the inputs
+            that it gets from the layers refitted before it. False: each for itself, on the
+            inputs of the dense model, which takes about half the time.
+        damping: the price of moving a weight, relative to the mean of the inputs' squares,
+            above 0. More holds the weights closer to the old ones, for few images.
+        groups: ``(module, name)`` pairs to refit, by group or in one list, as
+            :func:`torch_dimap.group_parameters` gives them. Default: all masked matrices.
+        progress: show a bar.
+
+    Returns:
+        The layer's name -> how far its outputs were from those wanted, before and after, as
+        a part of their norm.
+
+    Raises:
+        TypeError: for arguments of a wrong type.
+        ValueError: if there are no masked weights, no images, or NaN in them; if layers are
+            used otherwise than linear layers and 1x1 convolutions; for a damping of 0.
+        RuntimeError: if batches use the layers differently.
+
+    Source: the problem is that of Frantar and Alistarh, "Optimal Brain Compression", 2022
+    (arXiv 2208.11580), and "SparseGPT", 2023 (arXiv 2301.00774), for the masks at hand.
+
+    Example:
+        >>> from torch_dimap import dimap_unstructured
+        >>> net = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 10))
+        >>> for layer in net[0], net[2]:
+        ...     _ = dimap_unstructured(layer, "weight", amount=0.5)
+        >>> misfits = reconstruct(net, [torch.randn(64, 20), torch.randn(64, 20)])
+        >>> all(misfit.after < misfit.before for misfit in misfits.values())
+        True
+    """
     layers = _masked_layers(model, groups)
     _check_damping(damping)
     calls = read_batches(model, batches, CALLER)
+    with torch.inference_mode(False), study(model, calls, layers, CALLER) as (found, call):
+        dense = Stream(call, len(calls), found.steps, dense_weights(_masked_tensors(model)))
+        masked = Stream(call, len(calls), found.steps, []) if sequential else None
+        with tqdm(total=len(layers), unit=" layers", disable=not progress) as bar:
+            values, misfits = _refit_all(dense, masked, found, damping, bar)
+    _commit(values)
+    return misfits
+
+
+def _refit_all(
+    dense: Stream, masked: Stream | None, found: Trace, damping: float, bar: tqdm
+) -> tuple[list[tuple[Layer, Tensor]], dict[str, Misfit]]:
+    """Go through the steps of the forward; return new values and what they gain."""
+    values: list[tuple[Layer, Tensor]] = []
+    misfits: dict[str, Misfit] = {}
+    for step in found.steps:
+        for level in step.levels if masked else [sum(step.levels, [])]:
+            refits = [Refit(layer, layer.label in found.biased) for layer in level]
+            gather(refits, dense, masked, found)
+            for refit in refits:
+                new, misfits[refit.layer.label] = refit.solve(damping, CALLER)
+                values += new
+                refit.sums.clear()
+                bar.update()
+            if masked:
+                masked.weights[:] = other_values(values)
+        if step is not found.steps[-1]:
+            dense.advance()
+            if masked:
+                masked.advance()
+    return values, misfits
+
+
+@contextmanager
+def study(
+    model: nn.Module, calls: list[Call], layers: list[Layer], caller: str
+) -> Iterator[tuple[Trace, Callable[[int], Any]]]:
+    """Make a model ready to be run on batches, and find out how it uses some layers.
+
+    Gives the trace, and what runs the model on the batch of a number.
+    """
     device = layers[0].parameter.device
 
     def call(batch: int) -> Any:
         args, kwargs = to_device(calls[batch], device)
         return model(*args, **kwargs)
 
-    misfits: dict[str, Misfit] = {}
-    values: list[tuple[nn.Module, str, Tensor]] = []
-    with torch.inference_mode(False), untouched(model), _plain_numbers(device):
+    with untouched(model), _plain_numbers(device):
         hold_masks(model)
-        found = study(model, lambda: call(0), layers, CALLER)
-        pruned = {(x.module, x.name): x for x in pruned_tensors(model, CALLER)}
-        dense = Stream(call, len(calls), found.steps, dense_weights(list(pruned.values())))
-        masked = Stream(call, len(calls), found.steps, []) if sequential else None
-        streams = [stream for stream in (dense, masked) if stream]
-        bar = tqdm(total=sum(map(len, found.uses)), unit=" layers", disable=not progress)
-        with bar:
-            for step in found.steps:
-                levels = step.levels if sequential else [sum(step.levels, [])]
-                for level in filter(None, levels):
-                    problems = [Problem(layer, layer.label in found.biased) for layer in level]
-                    gather(dense, masked, problems, found)
-                    for problem in problems:
-                        weight, bias, misfits[problem.layer.label] = problem.solve(damping, CALLER)
-                        problem.sums.clear()
-                        values.append((problem.layer.module, problem.layer.name, weight))
-                        if problem.bias and bias is not None:
-                            values.append((problem.layer.module, problem.bias, bias))
-                        bar.update()
-                    if masked:
-                        masked.weights[:] = [other_value(*value) for value in values]
-                if step is not found.steps[-1]:
-                    for stream in streams:
-                        stream.advance()
-    _commit(values)
-    return misfits
-
-
-def study(
-    model: nn.Module, run: Callable[[], Any], layers: list[Layer], caller: str
-) -> Trace:
-    """Find out by two forwards how a model uses some layers."""
-    found = trace(model, run, layers)
-    if found.unclear:
-        raise ValueError(
-            f"{caller}: layers must be multiplied as a linear layer or a 1x1 convolution is, "
-            f"found another product with {name_some(sorted(found.unclear))}: leave them out."
-        )
-    unused = [layer.label for layer in layers if layer.label not in found.uses]
-    if len(unused) == len(layers):
-        raise ValueError(
-            f"{caller}: the forward must use the masked layers, found none of them in use: "
-            "give batches that go through them."
-        )
-    if unused:
-        warn(f"{caller}: {name_some(unused)} stay as they are: the forward does not use them.")
-    note_last_users(found.steps, run)
-    return found
+        found = trace(model, lambda: call(0), layers)
+        if found.unclear:
+            raise ValueError(
+                f"{caller}: layers must be multiplied as a linear layer or a 1x1 convolution is, "
+                f"found another product with {name_some(sorted(found.unclear))}: leave them out."
+            )
+        unused = [layer.label for layer in layers if layer.label not in found.uses]
+        if len(unused) == len(layers):
+            raise ValueError(
+                f"{caller}: the forward must use the layers, found none of them in use: "
+                "give batches that go through them."
+            )
+        if unused:
+            warn(f"{caller}: {name_some(unused)} left alone: the forward does not use them.")
+        note_last_users(found.steps, lambda: call(0))
+        yield found, call
 
 
 def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
@@ -109,7 +166,7 @@ def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
     if groups is not None:
         listed = [x for layers in find_layers(groups, CALLER, model).values() for x in layers]
     else:
-        listed = list({(x.module, x.name): x for x in pruned_tensors(model, CALLER)}.values())
+        listed = _masked_tensors(model)
     layers = [x for x in listed if x.mask is not None and x.parameter.dim() > 1]
     if not layers:
         raise ValueError(
@@ -119,10 +176,15 @@ def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
     return layers
 
 
+def _masked_tensors(model: nn.Module) -> list[Layer]:
+    """List a model's masked tensors, each of them once."""
+    return list({(x.module, x.name): x for x in pruned_tensors(model, CALLER)}.values())
+
+
 def _check_damping(damping: Any) -> None:
     if isinstance(damping, bool) or not isinstance(damping, numbers.Real):
         raise TypeError(f"{CALLER}: damping must be a number, found {type(damping).__name__}.")
-    if not 0 < damping < math.inf:
+    if not 0.0 < float(damping) < math.inf:
         raise ValueError(
             f"{CALLER}: damping must be above 0, found {damping}: without it, weights that the "
             "images leave undetermined could become anything."
@@ -142,20 +204,16 @@ def _plain_numbers(device: torch.device) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _commit(values: list[tuple[nn.Module, str, Tensor]]) -> None:
+def _commit(values: list[tuple[Layer, Tensor]]) -> None:
     """Write new values into the parameters: into all, or into none."""
-    written = []
-    for module, name, value in values:
-        parameter = other_value(module, name, value)
-        written.append((module._parameters[parameter[1]], value))
-    before = [(parameter, parameter.detach().clone()) for parameter, _ in written]
+    before = [layer.parameter.detach().clone() for layer, _ in values]
     try:
-        for parameter, value in written:
-            parameter.copy_(value)
+        for layer, value in values:
+            layer.parameter.copy_(value)
     except BaseException:
-        for parameter, value in before:
-            parameter.copy_(value)
+        for (layer, _), value in zip(values, before):
+            layer.parameter.copy_(value)
         raise
-    for module in {module: None for module, _, _ in values}:
-        for method in pruning_methods(module):
+    for module in {layer.module: None for layer, _ in values}:
+        for method in pruning_methods(module):  # what is read without a forward is old
             setattr(module, method._tensor_name, method.apply_mask(module))

@@ -1,4 +1,4 @@
-"""One layer refitted: from what it sees and what it should give to its new kept weights."""
+"""One layer refitted: from what it sees, and what it should give, to new kept weights."""
 
 from __future__ import annotations
 
@@ -15,97 +15,101 @@ from torch_dimap.reconstruction.steps import Trace
 from torch_dimap.reconstruction.streams import Stream
 from torch_dimap.reconstruction.watching import Use, bias_of
 
-DENSE_SHARE = 1.0
-
 
 class Misfit(NamedTuple):
-    """How far a layer's outputs lie from those wanted, as a part of their norm."""
+    """How far a layer's outputs lie from those wanted: |wanted - given| / |wanted|."""
 
     before: float
     after: float
 
 
-class Problem:
-    """A layer as the solver sees it, and what the batches tell of it.
+class Refit:
+    """A layer to refit, and what the batches tell of it.
 
     Attributes:
-        layer: the layer.
-        bias: the name of its bias, if that is refitted too.
-        weight: its dense weights, and the bias in a last column, float32.
+        layer: its weight.
+        bias: its bias, if that is refitted too.
+        dense: the dense weights, with the bias in a last column, float32.
         keep: which of them may change, boolean.
-        sums: for all rows, or for the rows that are multiplied apart from others.
+        sums: of the rows from one to another that are multiplied together: usually all.
     """
 
     def __init__(self, layer: Layer, biased: bool) -> None:
-        self.layer = layer
-        self.bias = bias_of(layer) if biased else None
-        mask = layer.mask
-        self.weight = layer.parameter.detach().flatten(1).float()
-        self.keep = torch.ones_like(self.weight, dtype=torch.bool)
-        if mask is not None:
-            self.keep = mask.flatten(1) != 0
-        if self.bias:
-            bias = Layer(f"{layer.label}'s bias", layer.module, self.bias)
-            kept = torch.ones_like(bias.parameter) if bias.mask is None else bias.mask
-            column = bias.parameter.detach().float()[:, None]
-            self.weight = torch.cat([self.weight, column], 1)
-            self.keep = torch.cat([self.keep, kept[:, None] != 0], 1)
-        self.masked = self.weight * self.keep
+        self.layer, self.bias = layer, bias_of(layer) if biased else None
+        parts = [(x.parameter.detach(), x.mask) for x in (layer, self.bias) if x]
+        self.dense = torch.cat([values.float().reshape(len(values), -1) for values, _ in parts], 1)
+        self.keep = torch.cat(
+            [
+                (torch.ones_like(values) if mask is None else mask).reshape(len(values), -1) != 0
+                for values, mask in parts
+            ],
+            1,
+        )
+        self.masked = self.dense * self.keep
         self.sums: dict[tuple[int, int], Moments] = {}
 
     def add(self, use: Use, wanted: Tensor) -> None:
+        """Take in what the layer sees, and what the dense weights make the targets of."""
         rows = slice(*use.rows)
-        weight, masked = self.weight[rows], self.masked[rows]
-        sums = self.sums.setdefault(use.rows, Moments(*weight.shape, device=weight.device))
-        sums.add(use.inputs, wanted, weight, masked)
+        sums = self.sums.setdefault(use.rows, Moments(self.dense[rows]))
+        sums.add(use.inputs, wanted, self.dense[rows], self.masked[rows])
 
-    def solve(self, damping: float, caller: str) -> tuple[Tensor, Tensor | None, Misfit]:
-        """Return the parameter's new values, those of its bias, and what that gains."""
+    def solve(self, damping: float, caller: str) -> tuple[list[tuple[Layer, Tensor]], Misfit]:
+        """Return the new values of the parameters, rounded to their dtype, and the gain."""
         parameter = self.layer.parameter
         columns = parameter[0].numel()
-        refit = self.weight.clone()
-        before = after = target = 0.0
+        values = self.dense.to(torch.float64)
+        before = after = wanted = 0.0
         for (first, last), sums in self.sums.items():
-            weight, keep, masked = (x[first:last] for x in (self.weight, self.keep, self.masked))
-            if not sums.inputs.isfinite().all() or not sums.error.isfinite():
+            if not (sums.inputs.isfinite().all() and sums.errors.isfinite().all()):
                 raise ValueError(
                     f"{caller}: the inputs of {self.layer.label} must be finite, found NaN or "
-                    "infinity: leave out the batch that makes them, or use a wider dtype."
+                    "infinity: leave out the batches that lead to them, or use a wider dtype."
                 )
-            ridge = torch.zeros_like(sums.inputs[0])
+            keep, masked = self.keep[first:last], self.masked[first:last]
+            ridge = sums.inputs.new_zeros(len(sums.inputs))  # none on the bias
             ridge[:columns] = damping * sums.inputs.diagonal()[:columns].mean()
             change = solve_masked(sums.inputs, sums.errors, keep, ridge, float(sums.error))
-            new = torch.where(keep, masked + change, weight.double()).to(parameter.dtype)
-            refit[first:last] = new.float()
-            change = torch.where(keep, new.double() - masked, 0.0)
+            new = (masked + change).to(parameter.dtype).double()
+            values[first:last] = torch.where(keep, new, values[first:last])
+            change = torch.where(keep, new - masked, 0.0)  # as rounded
             gain = (change * (2 * sums.errors - change @ sums.inputs)).sum()
             before += float(sums.error)
-            after += float(sums.error - gain)
-            target += float(sums.target)
-        scale = target or 1.0
-        misfit = Misfit((before / scale) ** 0.5, (max(after, 0.0) / scale) ** 0.5)
-        values = refit[:, :columns].reshape(parameter.shape).to(parameter.dtype)
-        bias = refit[:, columns].to(parameter.dtype) if self.bias else None
-        return values, bias, misfit
+            after += max(0.0, float(sums.error - gain))
+            wanted += float(sums.target)
+        scale = wanted or 1.0
+        misfit = Misfit((before / scale) ** 0.5, (after / scale) ** 0.5)
+        refitted = [(self.layer, values[:, :columns].reshape(parameter.shape).to(parameter.dtype))]
+        if self.bias:
+            refitted.append((self.bias, values[:, columns].to(self.bias.parameter.dtype)))
+        return refitted, misfit
 
 
 def gather(
-    dense: Stream, masked: Stream | None, problems: Sequence[Problem], found: Trace
+    refits: Sequence[Refit], dense: Stream, masked: Stream | None, found: Trace
 ) -> None:
-    """Take in all batches: what layers see, and what they should give for it."""
-    layers = [problem.layer for problem in problems]
-    by_label = {problem.layer.label: problem for problem in problems}
-    uses = sum(found.uses[layer.label] for layer in layers)
+    """Run all batches through the step in work, and take in what some layers see.
+
+    Args:
+        refits: the layers, which see their inputs at the same time where there are two streams.
+        dense: gives the inputs that make the targets.
+        masked: gives the inputs to reach them from; None: those of the dense stream too.
+        found: how the forward uses the layers.
+    """
+    by_label = {refit.layer.label: refit for refit in refits}
+    layers = [refit.layer for refit in refits]
+    uses = sum(found.uses[label] for label in by_label)
     for batch in range(dense.batches):
-        if masked is None:
-            dense.watch(batch, layers, uses, lambda use: by_label[use.layer.label].add(use, use.inputs))
-            continue
         wanted: list[Use] = []
-        dense.watch(batch, layers, uses, wanted.append)
 
-        def pair(use: Use) -> None:
-            aim = wanted.pop(0).inputs
-            if DENSE_SHARE!=1.0: aim=torch.lerp(use.inputs.float(), aim.float(), DENSE_SHARE)
-            by_label[use.layer.label].add(use, aim)
+        def alone(use: Use) -> None:
+            by_label[use.layer.label].add(use, use.inputs)
 
-        masked.watch(batch, layers, uses, pair)
+        def paired(use: Use) -> None:
+            by_label[use.layer.label].add(use, wanted.pop(0).inputs)
+
+        if masked is None:
+            dense.watch(batch, layers, uses, alone)
+        else:
+            dense.watch(batch, layers, uses, wanted.append)
+            masked.watch(batch, layers, uses, paired)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 # The solver stops once WINDOW steps together lower the sum of squares by less than this part
-# of what is left of it. That leaves it within a thousandth of the exact solution's.
+# of what is left of it, which leaves it within a thousandth of the exact solution's; an error
+# that falls below FLOOR of what it was counts as none.
 TOLERANCE = 1e-4
 WINDOW = 3
+FLOOR = 1e-10
 _ROUNDS, _STEPS = 5, 500  # never met, but rounding must not make a loop endless
 
 
@@ -40,22 +42,23 @@ def solve_masked(
     """
     damped = moments + torch.diag(ridge)
     matrix, inverse = damped.float(), _inverse(damped).float()
-    change, product = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    change, product, floor = torch.zeros_like(gradient), torch.zeros_like(gradient), FLOOR * error
     for _ in range(_ROUNDS):
-        left = error - float((change * (2 * gradient - product)).sum())
+        left = max(floor, error - float((change * (2 * gradient - product)).sum()))
         residual = torch.where(keep, gradient - product, 0.0).float()
-        step, gain = _conjugate_gradients(matrix, inverse, residual, keep, left)
+        step, gain = _conjugate_gradients(matrix, inverse, residual, keep, left, floor)
         change += step
+        product = change @ damped
         if gain <= TOLERANCE * left:
             break
-        product = change @ damped
-    return change
+    worse = (change * (2 * gradient - product)).sum(1) < 0  # never met but by rounding
+    return change.masked_fill_(worse[:, None], 0.0)
 
 
 def _conjugate_gradients(
-    matrix: Tensor, inverse: Tensor, residual: Tensor, keep: Tensor, left: float
+    matrix: Tensor, inverse: Tensor, residual: Tensor, keep: Tensor, left: float, floor: float
 ) -> tuple[Tensor, float]:
-    """Return a change that lowers the sum of squares, and by how much; ``left`` is left of it."""
+    """Return a change that lowers the sum of squares, and by how much."""
     change = torch.zeros_like(residual)
     ahead = (residual @ inverse).mul_(keep)
     direction = ahead.clone()
@@ -66,7 +69,7 @@ def _conjugate_gradients(
         curvature = (direction * product).sum(1, keepdim=True)
         length = torch.where(curvature > 0, slope / curvature, 0.0)  # 0: the row is done
         gains.append(float((length * slope).sum(dtype=torch.float64)))
-        if sum(gains[-WINDOW:]) <= TOLERANCE * (left - sum(gains)):
+        if sum(gains[-WINDOW:]) <= TOLERANCE * max(floor, left - sum(gains)):
             break
         change.addcmul_(length, direction)
         residual.addcmul_(length, product, value=-1)

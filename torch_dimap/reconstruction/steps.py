@@ -72,7 +72,8 @@ def trace(model: nn.Module, run: Callable[[], Any], layers: Sequence[Layer]) -> 
     """Run a forward and say in which steps it uses which layers."""
     root = _Call(model)
     stack = [root]
-    level, first_level, last = 0, {}, None
+    level, last = 0, None
+    first_level: dict[str, int] = {}
     uses: Counter[str] = Counter()
 
     def seen(use: Use) -> None:
@@ -192,7 +193,12 @@ def _leaves(found: Iterable[Tensor]) -> Iterator[Tensor]:
 def tensors(value: Any) -> list[Tensor]:
     """List the tensors in nested tuples, lists and dicts."""
     found: list[Tensor] = []
-    map_tensors(value, lambda tensor: found.append(tensor) or tensor)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(value, note)
     return found
 
 

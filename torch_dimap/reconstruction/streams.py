@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -109,13 +109,19 @@ def dense_weights(layers: Sequence[Layer]) -> list[Swap]:
     """Let every mask keep everything, so that the model is the dense one."""
     swaps: list[Swap] = []
     for layer in layers:
-        mask = layer.module._buffers[f"{layer.name}_mask"]
-        ones = torch.ones((), dtype=torch.bool, device=mask.device).expand(mask.shape)
+        parameter = layer.parameter
+        ones = torch.ones((), dtype=torch.bool, device=parameter.device).expand(parameter.shape)
         swaps.append((layer.module._buffers, f"{layer.name}_mask", ones))
     return swaps
 
 
-def other_value(module: nn.Module, name: str, value: Tensor) -> Swap:
-    """Put other values in the place of a parameter, behind its mask if it has one."""
-    held = f"{name}_orig" if f"{name}_orig" in module._parameters else name
-    return module._parameters, held, nn.Parameter(value, requires_grad=False)
+def other_values(values: Iterable[tuple[Layer, Tensor]]) -> list[Swap]:
+    """Put other values in the place of parameters, behind their masks if they have one."""
+    return [
+        (
+            layer.module._parameters,
+            layer.name if layer.mask is None else f"{layer.name}_orig",
+            nn.Parameter(value, requires_grad=False),
+        )
+        for layer, value in values
+    ]

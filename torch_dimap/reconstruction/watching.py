@@ -18,15 +18,21 @@ from torch_dimap.masking import Layer
 
 aten = torch.ops.aten
 
-# Operator -> which arguments are the inputs, the weight and, if there is one, the bias.
+# Operator -> which of its arguments are the inputs and the weight, and which is a bias.
 _PRODUCTS = {
-    aten.linear.default: (0, 1, 2),
-    aten.addmm.default: (1, 2, 0),
-    aten.mm.default: (0, 1, None),
-    aten.bmm.default: (0, 1, None),
-    aten.convolution.default: (0, 1, 2),
+    aten.linear.default: (0, 1),
+    aten.addmm.default: (1, 2),
+    aten.mm.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.convolution.default: (0, 1),
 }
-_SUMS = (aten.add.Tensor, aten.add_.Tensor)
+_BIASES = {
+    aten.linear.default: 2,
+    aten.addmm.default: 0,
+    aten.convolution.default: 2,
+    aten.add.Tensor: 1,
+    aten.add_.Tensor: 1,
+}
 
 
 class Use(NamedTuple):
@@ -57,8 +63,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS:
-            x, w, b = (args[i] if i is not None and i < len(args) else None
-                       for i in _PRODUCTS[func])  # fmt: skip
+            x, w = (args[i] for i in _PRODUCTS[func])
             for layer in self.layers:
                 weight = getattr(layer.module, layer.name)
                 if _same_memory(w, weight):
@@ -69,24 +74,24 @@ class Watch(TorchDispatchMode):
                         self.unclear.add(layer.label)
                 elif _same_memory(x, weight):
                     self.unclear.add(layer.label)
-            self._look_for_bias(b)
-        elif func in _SUMS:
-            self._look_for_bias(args[1])
+        if func in _BIASES and _BIASES[func] < len(args):
+            self._look_for_bias(args[_BIASES[func]])
         return func(*args, **(kwargs or {}))
 
     def _look_for_bias(self, operand: Any) -> None:
         if isinstance(operand, Tensor):
             for layer in self.layers:
                 bias = bias_of(layer)
-                if bias and _same_memory(operand, getattr(layer.module, bias)):
+                if bias and _same_memory(operand, getattr(layer.module, bias.name)):
                     self.biased.add(layer.label)
 
 
-def bias_of(layer: Layer) -> str | None:
-    """Name the bias that belongs to a layer's weight, if its module has one."""
+def bias_of(layer: Layer) -> Layer | None:
+    """Return the bias that belongs to a layer's weight, if its module holds one."""
     name = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(layer.name)
-    held = name and isinstance(getattr(layer.module, name, None), Tensor)
-    return name if held else None
+    if name is None or not isinstance(getattr(layer.module, name, None), Tensor):
+        return None
+    return Layer(f"{layer.label.removesuffix(layer.name)}{name}", layer.module, name)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
@@ -100,15 +105,15 @@ def _uses(
     """Return rows of a weight and what they are multiplied with; nothing if that is unclear."""
     if func is aten.convolution.default:
         return _convolved(weight, x, w, *args[3:9])
-    if w.dim() == 3 and len(w) == 1:
-        x, w = x[0], w[0]
+    if w.dim() == 3 and (len(w) == 1 or w.stride(0) == 0):  # one matrix, for a batch of inputs
+        w = w[0]
     w = w if func is aten.linear.default else w.mT
     stride = weight.stride()[:2]
     offset = w.storage_offset() - weight.storage_offset()
     alike = [w.stride(i) == stride[i] or w.shape[i] == 1 for i in range(2)] if w.dim() == 2 else []
     if not alike or not all(alike) or w.shape[1] != weight.shape[1] or offset % stride[0]:
         return []
-    first = offset // stride[0]
+    first = int(offset // stride[0])
     return [((first, first + len(w)), x.reshape(-1, x.shape[-1]))]
 
 
