@@ -7,6 +7,8 @@ labelled batches, and other groupings of the same layers.
     python examples/compare.py swin_tiny_patch4_window7_224 --pretrained --data imagenet
 
 Give one checkpoint for each seed of training; the table then shows means, lowest and highest.
+With --reconstruct 512 every model is also measured with its kept weights refitted on so many
+training images, without their labels: layer after layer, and each layer for itself.
 Writes one_shot.csv (every measurement), one_shot.md and one_shot.png to --output.
 """
 
@@ -16,6 +18,7 @@ import argparse
 import copy
 import itertools
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -23,12 +26,14 @@ from images import (
     add_data_arguments,
     autocast,
     count_correct,
+    foreign_batches,
     open_splits,
     set_transforms,
     test_loader,
     training_loader,
+    unlabelled_batches,
 )
-from methods import METHODS, prune_to
+from methods import METHODS, SCORED, prune_to
 from models import add_model_kwargs_argument, fail, load_model, whole_or_not_at_all
 from provenance import provenance, write_csv
 from torch import Tensor, nn
@@ -60,6 +65,10 @@ def parse() -> argparse.Namespace:
         help="fractions of the prunable weights (default: 0.19 0.28 0.38 0.5 0.6)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
         help=f"of {', '.join(METHODS)} (default: all)")
+    add("--reconstruct", type=int, nargs="*", default=[], metavar="N",
+        help="also refit the kept weights, on each of these numbers of images")
+    add("--images", choices=["train", "noise", "digits"], default="train",
+        help="what to refit on: noise and digits are the wrong images (default: train)")
     add("--gradient-batches", type=int, default=8, metavar="N",
         help="labelled training batches for the gradient score (default: 8)")
     add("--seed", type=int, default=0,
@@ -69,8 +78,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if not all(0 <= amount <= 1 for amount in options.amounts):
         parser.error(f"--amounts must lie between 0 and 1, found {options.amounts}")
-    if min(options.gradient_batches, options.batch_size) < 1:
-        parser.error("--gradient-batches and --batch-size must be at least 1")
+    if min(options.gradient_batches, options.batch_size, *options.reconstruct, 1) < 1:
+        parser.error("--gradient-batches, --batch-size and --reconstruct must be at least 1")
     return options
 
 
@@ -90,6 +99,42 @@ def gradient_scores(
     return {pair: (w * w.grad).detach().abs() for pair, w in weights.items()}
 
 
+def calibration(
+    train: DataLoader, test: DataLoader, count: int, options: argparse.Namespace
+) -> list[Tensor]:
+    """Return unlabelled images, of the kind that the command line names."""
+    transform = test.dataset.dataset.transform
+    images = unlabelled_batches(train.dataset, count, options.batch_size, transform, options.seed)
+    if options.images == "train":
+        return images
+    return foreign_batches(options.images, images, transform)
+
+
+def reconstructed(
+    pruned: nn.Module, train: DataLoader, test: DataLoader, options: argparse.Namespace
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a pruned model as it is, then refitted in every way that is asked for."""
+    yield "", pruned
+    for count, sequential in itertools.product(options.reconstruct, (True, False)):
+        model = copy.deepcopy(pruned)
+        images = calibration(train, test, count, options)
+        torch_dimap.reconstruct(model, images, sequential=sequential)
+        yield f", {'in order' if sequential else 'each for itself'}, {count} images", model
+
+
+def importance_scores(
+    model: nn.Module, by: str, train: DataLoader, test: DataLoader, options: argparse.Namespace
+) -> dict[tuple[nn.Module, str], Tensor] | None:
+    """Return what a ranking needs beside the weights, if anything."""
+    if by == "gradient":
+        return gradient_scores(model, train, options)
+    if by in SCORED:
+        images = calibration(train, test, max(options.reconstruct, default=512), options)
+        score = torch_dimap.wanda_scores if by == "wanda" else torch_dimap.sparsegpt_scores
+        return score(model, images)
+    return None
+
+
 def compare(
     dense: nn.Module,
     train: DataLoader,
@@ -105,15 +150,14 @@ def compare(
 
     rows = [{"method": "dense", "amount": 0.0, "parameters_removed": 0.0, "top1": top1(dense)}]
     for method, amount in itertools.product(options.methods, options.amounts):
-        model = copy.deepcopy(dense)
-        scores = None
+        pruned = copy.deepcopy(dense)
         set_seeds(options.seed)
-        if METHODS[method][1] == "gradient":
-            scores = gradient_scores(model, train, options)
-        prune_to(model, method, amount, scores)
-        removed = 1 - torch_dimap.summarize(model).model.density
-        rows.append({"method": method, "amount": amount,
-                     "parameters_removed": round(removed, 6), "top1": top1(model)})  # fmt: skip
+        scores = importance_scores(pruned, METHODS[method][1], train, test, options)
+        prune_to(pruned, method, amount, scores)
+        removed = 1 - torch_dimap.summarize(pruned).model.density
+        for how, model in reconstructed(pruned, train, test, options):
+            rows.append({"method": method + how, "amount": amount,
+                         "parameters_removed": round(removed, 6), "top1": top1(model)})
     return rows
 
 
@@ -135,7 +179,7 @@ def markdown(rows: list[dict], options: argparse.Namespace) -> str:
         "| method | " + " | ".join(f"{amount:.0%}" for amount in options.amounts) + " |",
         "|---|" + "---:|" * len(options.amounts),
     ]
-    for method in options.methods:
+    for method in dict.fromkeys(row["method"] for row in rows[1:] if row["method"] != "dense"):
         cells = [cell(spread(rows, method, amount)) for amount in options.amounts]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     about = rows[0]
@@ -179,7 +223,8 @@ def main() -> None:
     files = options.checkpoints or [None]
     about = provenance(options.device)
     rows: list[dict] = []
-    steps = len(files) * (1 + len(options.methods) * len(options.amounts))
+    variants = len(options.methods) * len(options.amounts) * (1 + 2 * len(options.reconstruct))
+    steps = len(files) * (1 + variants)
     with tqdm(total=steps, unit="test", desc="one-shot top-1") as bar:
         for i, file in enumerate(files):
             model = load_model(

@@ -35,7 +35,7 @@ from images import (
     training_loader,
     unlabelled_batches,
 )
-from methods import METHODS, cubic_schedule, prune_to
+from methods import METHODS, SCORED, cubic_schedule, prune_to
 from models import (
     add_model_kwargs_argument,
     add_weights_arguments,
@@ -81,7 +81,7 @@ def parse() -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from DIR/last.pth of the same command")
     add("--amount", type=float, required=True, metavar="A",
         help="the fraction of the prunable weights to remove, 0 to 1; 0 trains a dense model")
-    add("--method", choices=[name for name, (_, by) in METHODS.items() if by != "gradient"],
+    add("--method", choices=[name for name, (_, by) in METHODS.items() if by not in SCORED],
         default="dimap", help="what is ranked, and against what (default: dimap)")
     add("--steps", type=int, default=1, metavar="N",
         help="reach the amount in N rounds over the epochs, along a cubic curve (default: 1)")

@@ -12,6 +12,7 @@ import timm
 import torch
 from models import fail
 from PIL import Image
+from sklearn.datasets import load_digits
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
@@ -144,6 +145,18 @@ def unlabelled_batches(
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(images), generator=generator)[:count].tolist()
     return list(torch.stack([images[i][0] for i in chosen]).split(batch_size))
+
+
+def foreign_batches(kind: str, like: list[Tensor], transform: Callable) -> list[Tensor]:
+    """Return as many images of another kind: noise, or scikit-learn's handwritten digits."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "noise":
+        return [torch.randn(batch.shape, generator=generator) for batch in like]
+    digits = load_digits().images
+    count = sum(map(len, like))
+    chosen = torch.randint(len(digits), (count,), generator=generator).tolist()
+    pictures = [Image.fromarray((digits[i] * 15).astype(np.uint8)).convert("RGB") for i in chosen]
+    return list(torch.stack([transform(x) for x in pictures]).split(len(like[0])))
 
 
 def autocast(options: argparse.Namespace) -> torch.autocast:

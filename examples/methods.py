@@ -33,8 +33,12 @@ RANKINGS = {
     "dimap": torch_dimap.DimapUnstructured,
     "magnitude": prune.L1Unstructured,
     "random": prune.RandomUnstructured,
-    "gradient": prune.L1Unstructured,  # of |w * dL/dw|, handed over as importance_scores
+    # These three rank scores that are handed over as importance_scores:
+    "gradient": prune.L1Unstructured,  # |w * dL/dw|
+    "wanda": torch_dimap.DimapUnstructured,  # |w| times what comes in
+    "sparsegpt": torch_dimap.DimapUnstructured,  # what the loss of w costs
 }
+SCORED = ("gradient", "wanda", "sparsegpt")
 
 # Name -> (grouping, ranking). With the DIMAP score inside a single layer, magnitude decides.
 METHODS = {
@@ -44,6 +48,8 @@ METHODS = {
     "global": ("single", "magnitude"),
     "random": ("module", "random"),
     "gradient": ("module", "gradient"),
+    "wanda": ("module", "wanda"),
+    "sparsegpt": ("module", "sparsegpt"),
     "per block": ("block", "dimap"),
     "per stage": ("stage", "dimap"),
     "per type": ("type", "dimap"),

@@ -34,7 +34,7 @@ from torch_dimap.masking import (
     hold_masks,
     remove_all,
 )
-from torch_dimap.reconstruction import reconstruct
+from torch_dimap.reconstruction import reconstruct, sparsegpt_scores, wanda_scores
 from torch_dimap.selection import dimap_scores
 
 __version__ = "0.1.0"
@@ -64,5 +64,7 @@ __all__ = [
     "reconstruct",
     "remove_all",
     "save_pruned",
+    "sparsegpt_scores",
     "summarize",
+    "wanda_scores",
 ]

@@ -69,7 +69,7 @@ def test_prune_to_global_is_torchs_global_l1(small):
     assert int((~masks).sum()) == round(0.4 * len(weights))
 
 
-@pytest.mark.parametrize("method", [m for m in methods.METHODS if m != "gradient"])
+@pytest.mark.parametrize("method", [m for m in methods.METHODS if m not in methods.SCORED])
 def test_prune_to_counts_what_went_before(small, method):
     counts = []
     for share in methods.cubic_schedule(0.7, 3):

@@ -17,6 +17,7 @@ class Moments:
         errors: E^T X, for what the outputs lack to their targets, r x d.
         error: |E|^2.
         target: the targets' sum of squares.
+        tokens: how many there were.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -25,6 +26,7 @@ class Moments:
         self.errors = weight.new_zeros(rows, columns, dtype=torch.float64)
         self.error = weight.new_zeros((), dtype=torch.float64)
         self.target = weight.new_zeros((), dtype=torch.float64)
+        self.tokens = 0
 
     def add(self, inputs: Tensor, wanted: Tensor, weight: Tensor, kept: Tensor) -> None:
         """Take in some tokens.
@@ -46,6 +48,15 @@ class Moments:
             self.errors += error.t() @ x
             self.error += error.square().sum(dtype=torch.float64)
             self.target += target.square().sum(dtype=torch.float64)
+        self.tokens += len(inputs)
+
+    def check(self, what: str) -> None:
+        """Raise if there was NaN or infinity among what was added up."""
+        if not (self.inputs.isfinite().all() and self.errors.isfinite().all()):
+            raise ValueError(
+                f"{what} must be finite, found NaN or infinity: leave out the batches that lead "
+                "to them, or use a wider dtype."
+            )
 
 
 def _with_ones(x: Tensor, weight: Tensor) -> Tensor:

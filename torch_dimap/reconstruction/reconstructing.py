@@ -91,7 +91,7 @@ def reconstruct(
         True
     """
     layers = _masked_layers(model, groups)
-    _check_damping(damping)
+    check_damping(damping, CALLER)
     calls = read_batches(model, batches, CALLER)
     with torch.inference_mode(False), study(model, calls, layers, CALLER) as (found, call):
         dense = Stream(call, len(calls), found.steps, dense_weights(_masked_tensors(model)))
@@ -181,12 +181,13 @@ def _masked_tensors(model: nn.Module) -> list[Layer]:
     return list({(x.module, x.name): x for x in pruned_tensors(model, CALLER)}.values())
 
 
-def _check_damping(damping: Any) -> None:
+def check_damping(damping: Any, caller: str) -> None:
+    """Raise unless a damping is a positive number."""
     if isinstance(damping, bool) or not isinstance(damping, numbers.Real):
-        raise TypeError(f"{CALLER}: damping must be a number, found {type(damping).__name__}.")
+        raise TypeError(f"{caller}: damping must be a number, found {type(damping).__name__}.")
     if not 0.0 < float(damping) < math.inf:
         raise ValueError(
-            f"{CALLER}: damping must be above 0, found {damping}: without it, weights that the "
+            f"{caller}: damping must be above 0, found {damping}: without it, weights that the "
             "images leave undetermined could become anything."
         )
 

@@ -61,11 +61,7 @@ class Refit:
         values = self.dense.to(torch.float64)
         before = after = wanted = 0.0
         for (first, last), sums in self.sums.items():
-            if not (sums.inputs.isfinite().all() and sums.errors.isfinite().all()):
-                raise ValueError(
-                    f"{caller}: the inputs of {self.layer.label} must be finite, found NaN or "
-                    "infinity: leave out the batches that lead to them, or use a wider dtype."
-                )
+            sums.check(f"{caller}: the inputs of {self.layer.label}")
             keep, masked = self.keep[first:last], self.masked[first:last]
             ridge = sums.inputs.new_zeros(len(sums.inputs))  # none on the bias
             ridge[:columns] = damping * sums.inputs.diagonal()[:columns].mean()
@@ -85,9 +81,7 @@ class Refit:
         return refitted, misfit
 
 
-def gather(
-    refits: Sequence[Refit], dense: Stream, masked: Stream | None, found: Trace
-) -> None:
+def gather(refits: Sequence[Refit], dense: Stream, masked: Stream | None, found: Trace) -> None:
     """Run all batches through the step in work, and take in what some layers see.
 
     Args:

@@ -41,7 +41,7 @@ def solve_masked(
         D, float64, r x d.
     """
     damped = moments + torch.diag(ridge)
-    matrix, inverse = damped.float(), _inverse(damped).float()
+    matrix, inverse = damped.float(), inverse_of(damped).float()
     change, product, floor = torch.zeros_like(gradient), torch.zeros_like(gradient), FLOOR * error
     for _ in range(_ROUNDS):
         left = max(floor, error - float((change * (2 * gradient - product)).sum()))
@@ -79,7 +79,7 @@ def _conjugate_gradients(
     return change, sum(gains)
 
 
-def _inverse(damped: Tensor) -> Tensor:
+def inverse_of(damped: Tensor) -> Tensor:
     """Invert a matrix that may be singular, well enough for a preconditioner."""
     size = damped.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     for jitter in (0.0, 1e-9, 1e-6):
