@@ -33,7 +33,10 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """\
 examples:
   torch-dimap prune swin.pth swin_55.safetensors --amount 0.55
-  torch-dimap prune model.safetensors.index.json half.safetensors --amount 0.5 --compressed"""
+  torch-dimap prune model.safetensors.index.json half.safetensors --amount 0.5 --compressed
+
+It needs no model, and so cannot refit the kept weights on images, which takes one: that is
+torch_dimap.reconstruct(model, batches), or examples/prune_timm.py --images DIR --reconstruct N."""
 
 
 def prune(arguments: argparse.Namespace) -> str:

@@ -39,7 +39,7 @@ def reconstruct(
     groups: Parameters | None = None,
     progress: bool = False,
 ) -> dict[str, Misfit]:
-    """Refit the kept weights of a masked model, so that each layer gives what it gave.
+    """Refit a masked model's kept weights, so that layers give what they gave.
 
     Pruning leaves the kept weights as they were. Here they are chosen anew, by least squares
     on the inputs that each layer gets from a few images: without labels, without gradients,
@@ -63,7 +63,8 @@ def reconstruct(
             that it gets from the layers refitted before it. False: each for itself, on the
             inputs of the dense model, which takes about half the time.
         damping: the price of moving a weight, relative to the mean of the inputs' squares,
-            above 0. More holds the weights closer to the old ones, for few images.
+            above 0; for a layer of d inputs that sees n tokens it is taken 1 + d / n times. More
+            holds the weights closer to the old ones.
         groups: ``(module, name)`` pairs to refit, by group or in one list, as
             :func:`torch_dimap.group_parameters` gives them. Default: all masked matrices.
         progress: show a bar.
@@ -90,6 +91,7 @@ def reconstruct(
         >>> all(misfit.after < misfit.before for misfit in misfits.values())
         True
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     layers = _masked_layers(model, groups)
     check_damping(damping, CALLER)
     calls = read_batches(model, batches, CALLER)

@@ -63,8 +63,10 @@ class Refit:
         for (first, last), sums in self.sums.items():
             sums.check(f"{caller}: the inputs of {self.layer.label}")
             keep, masked = self.keep[first:last], self.masked[first:last]
+            # Where there are more inputs than tokens, most of a fit would be chance.
+            price = damping * (1 + columns / sums.tokens) if sums.tokens else damping
             ridge = sums.inputs.new_zeros(len(sums.inputs))  # none on the bias
-            ridge[:columns] = damping * sums.inputs.diagonal()[:columns].mean()
+            ridge[:columns] = price * sums.inputs.diagonal()[:columns].mean()
             change = solve_masked(sums.inputs, sums.errors, keep, ridge, float(sums.error))
             new = (masked + change).to(parameter.dtype).double()
             values[first:last] = torch.where(keep, new, values[first:last])

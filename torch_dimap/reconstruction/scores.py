@@ -96,6 +96,7 @@ def _scores(
     caller: str,
 ) -> dict[Pair, Tensor]:
     """Multiply the weights' magnitudes by a factor for each input, made of x x^T on average."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     layers = [x for group in find_layers(parameters, caller, model).values() for x in group]
     calls = read_batches(model, batches, caller)
     scores: dict[Pair, Tensor] = {}

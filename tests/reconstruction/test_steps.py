@@ -1,0 +1,103 @@
+"""The forward in steps: as often as needed, and no oftener."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_swin
+from torch import nn
+
+from torch_dimap import global_module_aware_unstructured, group_parameters, reconstruct
+
+
+class Net(nn.Module):
+    """Four blocks of two layers each, wired by a forward that a test gives."""
+
+    def __init__(self, wiring, depth=4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(5, 8)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Linear(8, 8))
+            for _ in range(depth)
+        )
+        self.wiring = wiring
+
+    def forward(self, x):
+        return self.wiring(self.stem(x), self.blocks)
+
+
+def chain(x, blocks):
+    for block in blocks:
+        x = x + block(x)
+    return x
+
+
+def skips(x, blocks):
+    first = blocks[0](x)
+    second = blocks[1](first)
+    third = blocks[2](second + 2 * first)
+    return blocks[3](third * first)  # the first is used long after it was made
+
+
+def in_place(x, blocks):
+    for block in blocks:
+        x = block(x)
+        x += 1.0
+    return x
+
+
+def shared(x, blocks):
+    return blocks[1](blocks[0](blocks[0](x)))
+
+
+WIRINGS = pytest.mark.parametrize("wiring", [chain, skips, in_place, shared])
+
+
+def pruned_net(wiring):
+    net = Net(wiring)
+    pairs = [(layer, "weight") for block in net.blocks for layer in block if len(list(
+        layer.parameters()))]  # fmt: skip
+    global_module_aware_unstructured(pairs, amount=0.5)
+    return net
+
+
+@WIRINGS
+@pytest.mark.filterwarnings("ignore:.*left alone")
+def test_steps_change_nothing_of_the_outcome(wiring, monkeypatch):
+    batches = torch.randn(60, 5, generator=torch.Generator().manual_seed(1)).split(20)
+    whole, cut = pruned_net(wiring), pruned_net(wiring)
+    cut_misfits = reconstruct(cut, batches)
+    monkeypatch.setattr("torch_dimap.reconstruction.steps._LEVELS", 1000)
+    whole_misfits = reconstruct(whole, batches)  # one step: nothing is kept
+    assert list(whole_misfits) == list(cut_misfits)
+    for a, b in zip(whole.parameters(), cut.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_blocks_run_a_few_times_each_whatever_the_depth():
+    model = make_swin()
+    global_module_aware_unstructured(group_parameters(model), amount=0.5)
+    runs = []
+    for stage in model.layers:
+        for block in stage.blocks:
+            block.norm1.register_forward_hook(lambda *_: runs.append(1))
+    reconstruct(model, [torch.randn(2, 1, 16, 16)])
+    # Two traces; for each of four levels and for the outputs, once in either stream.
+    assert len(runs) <= 4 * (2 + 2 * 5)
+
+
+def test_batches_that_use_layers_differently_are_refused():
+    def picky(x, blocks):
+        return chain(x, blocks[: 4 if len(x) > 1 else 1])
+
+    net = pruned_net(picky)
+    with pytest.raises(RuntimeError, match="must be used alike in all batches, found batch 1"):
+        reconstruct(net, [torch.randn(20, 5), torch.randn(1, 5)])
+
+
+def test_layers_that_the_forward_does_not_use_are_named():
+    net = pruned_net(lambda x, blocks: blocks[0](x))
+    with pytest.warns(UserWarning, match="9|more left alone|left alone"):
+        misfits = reconstruct(net, [torch.randn(20, 5)])
+    assert len(misfits) == 3
