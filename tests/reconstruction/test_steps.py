@@ -87,6 +87,31 @@ def test_blocks_run_a_few_times_each_whatever_the_depth():
     assert len(runs) <= 4 * (2 + 2 * 5)
 
 
+def test_a_change_in_place_begins_a_new_level():
+    def residual(x, blocks):
+        x += blocks[0][0](x)
+        return blocks[0][2](x)
+
+    batches = [torch.randn(40, 5)]
+    net = pruned_net(residual)
+    with pytest.warns(UserWarning, match="left alone"):
+        reconstruct(net, batches)
+    again = pruned_net(residual)
+    first = again.blocks[0][0]
+    reconstruct(again, batches, groups=[(first, "weight")])
+    assert torch.equal(first.weight_orig, net.blocks[0][0].weight_orig)
+    # What the second is fitted to was made by the refitted first.
+    x = again.stem(batches[0]).detach()
+    x = x + first(x)
+    dense = pruned_net(residual)
+    y = dense.stem(batches[0]).detach()
+    y = y + nn.functional.linear(y, dense.blocks[0][0].weight_orig, dense.blocks[0][0].bias)
+    wanted = nn.functional.linear(y, dense.blocks[0][2].weight_orig, dense.blocks[0][2].bias)
+    last = net.blocks[0][2]
+    given = nn.functional.linear(x, last.weight, last.bias)
+    assert abs((given - wanted).mean()) < 1e-5  # the bias takes all of the mean
+
+
 def test_batches_that_use_layers_differently_are_refused():
     def picky(x, blocks):
         return chain(x, blocks[: 4 if len(x) > 1 else 1])

@@ -51,8 +51,9 @@ class Refit:
     def add(self, use: Use, wanted: Tensor) -> None:
         """Take in what the layer sees, and what the dense weights make the targets of."""
         rows = slice(*use.rows)
-        sums = self.sums.setdefault(use.rows, Moments(self.dense[rows]))
-        sums.add(use.inputs, wanted, self.dense[rows], self.masked[rows])
+        if use.rows not in self.sums:
+            self.sums[use.rows] = Moments(self.dense[rows])
+        self.sums[use.rows].add(use.inputs, wanted, self.dense[rows], self.masked[rows])
 
     def solve(self, damping: float, caller: str) -> tuple[list[tuple[Layer, Tensor]], Misfit]:
         """Return the new values of the parameters, rounded to their dtype, and the gain."""

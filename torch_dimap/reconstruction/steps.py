@@ -72,16 +72,17 @@ def trace(model: nn.Module, run: Callable[[], Any], layers: Sequence[Layer]) -> 
     """Run a forward and say in which steps it uses which layers."""
     root = _Call(model)
     stack = [root]
-    level, last = 0, None
+    level, last, version = 0, None, 0
     first_level: dict[str, int] = {}
     uses: Counter[str] = Counter()
 
     def seen(use: Use) -> None:
-        nonlocal level, last
+        nonlocal level, last, version
         memory = use.inputs.untyped_storage()
-        if last is None or memory.data_ptr() != last.data_ptr():
+        if last is None or memory.data_ptr() != last.data_ptr() or use.version != version:
             level += 1
         last = memory  # kept alive, so that nothing else comes to lie there
+        version = use.version
         uses[use.layer.label] += 1
         stack[-1].direct = True
         own = first_level.setdefault(use.layer.label, level)

@@ -41,6 +41,7 @@ class Use(NamedTuple):
     layer: Layer
     rows: tuple[int, int]  # first, and one behind the last
     inputs: Tensor  # a row for each token: n x d
+    version: int  # rises when the inputs' memory is changed in place
 
 
 class Watch(TorchDispatchMode):
@@ -69,7 +70,7 @@ class Watch(TorchDispatchMode):
                 if _same_memory(w, weight):
                     uses = _uses(func, weight, x, w, args)
                     for rows, inputs in uses:
-                        self.seen(Use(layer, rows, inputs))
+                        self.seen(Use(layer, rows, inputs, x._version))
                     if not uses:
                         self.unclear.add(layer.label)
                 elif _same_memory(x, weight):
