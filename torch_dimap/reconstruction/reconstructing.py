@@ -15,7 +15,7 @@ from tqdm import tqdm
 from torch_dimap.masking import (
     Layer,
     Parameters,
-    find_layers,
+    find_layers_in,
     hold_masks,
     pruned_tensors,
     pruning_methods,
@@ -166,7 +166,7 @@ def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{CALLER}: model must be an nn.Module, found {type(model).__name__}.")
     if groups is not None:
-        listed = [x for layers in find_layers(groups, CALLER, model).values() for x in layers]
+        listed = [x for layers in find_layers_in(model, groups, CALLER).values() for x in layers]
     else:
         listed = _masked_tensors(model)
     layers = [x for x in listed if x.mask is not None and x.parameter.dim() > 1]

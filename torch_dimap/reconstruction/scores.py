@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_dimap.masking import Pair, Parameters, find_layers
+from torch_dimap.masking import Pair, Parameters, find_layers_in
 from torch_dimap.reconstruction.batches import read_batches
 from torch_dimap.reconstruction.reconstructing import check_damping, study
 from torch_dimap.reconstruction.refitting import Refit, gather
@@ -97,7 +97,7 @@ def _scores(
 ) -> dict[Pair, Tensor]:
     """Multiply the weights' magnitudes by a factor for each input, made of x x^T on average."""
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    layers = [x for group in find_layers(parameters, caller, model).values() for x in group]
+    layers = [x for group in find_layers_in(model, parameters, caller).values() for x in group]
     calls = read_batches(model, batches, caller)
     scores: dict[Pair, Tensor] = {}
     with torch.inference_mode(False), study(model, calls, layers, caller) as (found, call):
