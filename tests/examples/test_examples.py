@@ -65,6 +65,15 @@ def test_prune_timm_says_in_words_what_is_wrong(arguments, message):
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_prune_timm_refits_what_is_kept(data, tmp_path):
+    done = run("examples/prune_timm.py", "vit_tiny_patch16_224", "--amount", 0.5, "--random-init",
+               "--images", data, "--reconstruct", 3)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = next(x for x in done.stdout.splitlines() if x.startswith("Reconstructed on 3 images"))
+    before, after = (float(word.strip("%")) for word in line.split() if word.endswith("%"))
+    assert after < before
+
+
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc"
 )

@@ -156,6 +156,30 @@ def test_finetune_resumes_after_a_kill_to_the_same_weights(data, tmp_path, run):
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_finetune_reconstructs_once_and_resumes_to_the_same_weights(
+    data, tmp_path, run, monkeypatch
+):
+    words = ("--amount", 0.7, "--reconstruct", 12)
+    run(*arguments(data, tmp_path / "whole", *words))
+    stopped = arguments(data, tmp_path / "stopped", *words)
+    epoch = finetune.train_epoch
+
+    def stop_at_the_second(training, *others):
+        if training.epochs_done == 1:
+            raise KeyboardInterrupt
+        return epoch(training, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "train_epoch", stop_at_the_second)
+        with pytest.raises(SystemExit):
+            run(*stopped)
+    run(*stopped, "--resume")
+    assert contents(tmp_path / "stopped")["model.safetensors"] == contents(tmp_path / "whole")[
+        "model.safetensors"]  # fmt: skip
+    run(*arguments(data, tmp_path / "plain", "--amount", 0.7))
+    assert column(tmp_path / "plain", "loss")[0] != column(tmp_path / "whole", "loss")[0]
+
+
 def test_finetune_says_how_to_go_on_after_ctrl_c(data, tmp_path):
     process = start(*arguments(data, tmp_path / "out", "--amount", 0.5, "--epochs", 30))
     while not (tmp_path / "out" / "log.csv").exists() and process.poll() is None:
