@@ -1,8 +1,8 @@
 """Time and memory of reconstruct(): random weights and images serve for both.
 
 Prunes a model by half and refits it on random images, in a process of its own for each
-measurement. Memory is the peak of the process during the call, above what it held before,
-model and images included; without a GPU it is that of the whole process.
+measurement. Memory is the peak during the call above what was held before it, which is the
+model and the images.
 
     python benchmarks/reconstruct.py --models Swin-T --images 128
     python benchmarks/reconstruct.py --solvers      the solvers on a layer's own statistics
@@ -13,9 +13,7 @@ Writes reconstruct.csv to --output.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -23,24 +21,12 @@ from pathlib import Path
 
 import timm
 import torch
-from prune import machine_name
+from prune import AMOUNT, SWINS, PeakMemory, provenance, write_csv
 
 import torch_dimap
 from torch_dimap.reconstruction import solve_exactly, solve_masked
 
-MODELS = {
-    "Swin-T": "swin_tiny_patch4_window7_224",
-    "Swin-B": "swin_base_patch4_window7_224",
-    "Swin-L": "swin_large_patch4_window7_224",
-}
-AMOUNT = 0.5
-
-
-def held(device: str) -> float:
-    """Return the most memory held so far, in MB."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+MODELS = {name: SWINS[name] for name in ("Swin-T", "Swin-B", "Swin-L")}
 
 
 def measure(name: str, images: int, batch: int, sequential: bool, device: str) -> dict:
@@ -52,16 +38,16 @@ def measure(name: str, images: int, batch: int, sequential: bool, device: str) -
     batches = torch.randn(images, 3, 224, 224).split(batch)
     with torch.no_grad():
         model(batches[0].to(device)[:1])
-    before, start = held(device), time.perf_counter()
-    misfits = torch_dimap.reconstruct(model, batches, sequential=sequential)
+    start = time.perf_counter()
+    with PeakMemory(device) as memory:
+        misfits = torch_dimap.reconstruct(model, batches, sequential=sequential)
     seconds = time.perf_counter() - start
     gains = [misfit.after / misfit.before for misfit in misfits.values() if misfit.before]
     return {
-        "model": name, "images": images, "batch": batch,
+        "model": name, "images": images, "batch": batch, "seconds": round(seconds, 1),
         "how": "in order" if sequential else "each for itself",
-        "seconds": round(seconds, 1), "extra_mb": round(held(device) - before),
+        "processor_seconds": round(time.process_time(), 1), "extra_mb": round(memory.extra / 1e6),
         "left_of_the_misfit": round(sum(gains) / len(gains), 3),
-        "machine": machine_name(device), "torch": torch.__version__, "timm": timm.__version__,
     }  # fmt: skip
 
 
@@ -143,14 +129,13 @@ def main() -> None:
             command = [sys.executable, __file__, "--one", json.dumps(case)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
+    rows = [{**row, **provenance(options.device)} for row in rows]
     for row in rows:
         print(row)
     options.output.mkdir(parents=True, exist_ok=True)
     name = "reconstruct-solvers.csv" if options.solvers else "reconstruct.csv"
     with open(options.output / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+        write_csv(rows, file)
 
 
 if __name__ == "__main__":

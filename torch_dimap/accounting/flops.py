@@ -83,6 +83,7 @@ def count_flops(
     Source: He and Zhou, ICLR 2024, Table 1, for the uniform convention.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> _ = nn.utils.prune.l1_unstructured(net[0], "weight", amount=0.5)
         >>> groups = {"first": [(net[0], "weight")]}

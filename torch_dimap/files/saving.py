@@ -66,6 +66,7 @@ def save_pruned(
     Example:
         >>> import tempfile
         >>> from torch.nn.utils import prune
+        >>> from torch_dimap import load_pruned
         >>> net = nn.Sequential(nn.Linear(20, 10))
         >>> _ = prune.l1_unstructured(net[0], "weight", amount=0.5)
         >>> path = tempfile.mkdtemp() + "/net.safetensors"
