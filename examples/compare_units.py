@@ -232,8 +232,8 @@ def markdown(rows: list[dict], options: argparse.Namespace) -> str:
         text = f"{statistics.mean(values):.2f}"
         return text + (f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else "")
 
-    lines = [f"Top-1 without fine-tuning; dense {cell(score='dense')}. Columns: the share of the units "
-             f"of that kind that is removed; every layer keeps at least {options.minimum}."]
+    lines = [f"Top-1 without fine-tuning; dense {cell(score='dense')}. Columns: the share of the "
+             f"units of that kind that is removed; every layer keeps at least {options.minimum}."]
     for kind in options.kinds:
         lines += [
             "",
