@@ -126,7 +126,10 @@ def mask_units(model: nn.Module, image: Tensor, options: argparse.Namespace) -> 
     else:
         batch = image.repeat(options.time_batch, 1, 1, 1)
         print("Searching: copies of the model are timed in turns with a dense one ...", flush=True)
-        torch_dimap.prune_units_to_latency(model, batch, options.latency, options.device)
+        budget = torch_dimap.prune_units_to_latency(
+            model, batch, options.latency, options.device
+        )
+        print(f"Found: {budget.reached / budget.dense:.1%} of the dense model's time.")
 
 
 def top1(model: nn.Module, loader: DataLoader, options: argparse.Namespace) -> float:
@@ -223,5 +226,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
         fail(str(error))

@@ -12,7 +12,7 @@ import timm
 import torch
 from small_swin import KWARGS, SMALL, SWIN
 
-from torch_dimap import count_flops, load_pruned
+from torch_dimap import LatencyBudget, count_flops, load_pruned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGE = torch.zeros(1, 3, 16, 16)
@@ -90,10 +90,12 @@ def test_slim_meets_a_latency_with_a_search(run, data, tmp_path, monkeypatch):
 
     def search(model, inputs, target, device):
         asked.append((tuple(inputs.shape), target, device))
-        return slim.torch_dimap.prune_units_to_flops(model, inputs, target)
+        units = slim.torch_dimap.prune_units_to_flops(model, inputs, target).units
+        return LatencyBudget({}, units, 0.75, 0.75, 0.74, 1.0)
 
     monkeypatch.setattr(slim.torch_dimap, "prune_units_to_latency", search)
-    run("--latency", 0.75, "--reconstruct", 0, "--time-batch", 2)
+    out = run("--latency", 0.75, "--reconstruct", 0, "--time-batch", 2)
+    assert "Found: 74.0% of the dense model's time" in out
     assert asked == [((2, 3, 16, 16), 0.75, "cpu")]
 
 
