@@ -6,17 +6,18 @@ the smaller model still puts in their class.
     python examples/compare_units.py vit_small_patch16_224 --pretrained --data imagenet
 
 Give one checkpoint for each seed of training; the table then shows means, lowest and
-highest. Writes NAME.csv (every measurement) and NAME.md to --output.
+highest. With --reconstruct 512 every model is also measured with its kept weights refitted
+on so many training images, without their labels, before the units are removed. Writes
+NAME.csv (every measurement) and NAME.md to --output.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,9 +30,10 @@ from images import (
     set_transforms,
     test_loader,
     training_loader,
+    unlabelled_batches,
 )
-from models import add_model_kwargs_argument, load_model, whole_or_not_at_all
-from provenance import provenance
+from models import add_model_kwargs_argument, fail, load_model, whole_or_not_at_all
+from provenance import provenance, write_csv
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from tqdm import tqdm
@@ -41,6 +43,7 @@ import torch_dimap
 from torch_dimap.units import UnitLayer, unit_magnitudes
 
 Scores = dict[UnitLayer, Tensor]
+KINDS = {"heads": ("heads",), "neurons": ("neurons",), "both": ("heads", "neurons")}
 
 
 def norm(layer: UnitLayer) -> Tensor:
@@ -138,38 +141,59 @@ def parse() -> argparse.Namespace:
                          help="weights on disk, a file for each seed")  # fmt: skip
     add_model_kwargs_argument(parser)
     add_data_arguments(parser)
-    add("--kinds", nargs="+", choices=["heads", "neurons"], default=["heads", "neurons"],
-        help="which units go, one after the other (default: both)")
+    add("--kinds", nargs="+", choices=KINDS, default=["heads", "neurons"],
+        help="which units go: heads, then neurons, or both together (default: heads neurons)")
     add("--amounts", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.9], metavar="A",
         help="fractions of the units (default: 0.25 0.5 0.75 0.9)")
+    names = [", ".join(method) for method in METHODS]
+    add("--methods", nargs="+", choices=names, default=names, metavar="NAME",
+        help="a score and how it ranks, such as 'product, share' (default: all)")
+    add("--reconstruct", type=int, nargs="*", default=[], metavar="N",
+        help="also refit the kept weights, on each of these numbers of images")
     add("--minimum", type=int, default=0, metavar="N",
         help="units that every layer keeps (default: 0)")
     add("--seed", type=int, default=0,
-        help="of the labelled batch and of random scores; counted up by file (default: 0)")
+        help="of the images and of random scores; counted up by file (default: 0)")
     add("--output", type=Path, default=Path("examples/results"), metavar="DIR",
         help="(default: examples/results)")
     add("--name", default="units_one_shot", help="of the files (default: units_one_shot)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if min(options.reconstruct, default=1) < 1:
+        parser.error("--reconstruct takes numbers of images, at least 1")
+    options.methods = [method for method in METHODS if ", ".join(method) in options.methods]
+    return options
 
 
-def prune_units(
+def mask_units(
     model: nn.Module, kind: str, amount: float, scores: dict[str, Tensor], ranking: str,
     minimum: int,
 ) -> int:  # fmt: skip
-    """Mask units of one kind and remove them; return how many are left."""
+    """Mask units of one kind or of both; return how many are left."""
     method, together = RANKINGS[ranking]
-    layers = torch_dimap.group_units(model)[kind]
-    groups = {kind: layers} if together else {layer.name: [layer] for layer in layers}
+    units = torch_dimap.group_units(model)
+    groups = {kind: units[kind] for kind in KINDS[kind]}
+    if not together:
+        groups = {layer.name: [layer] for layers in groups.values() for layer in layers}
     done = torch_dimap.global_module_aware_structured(
         groups, amount, scores, minimum, pruning_method=method
     )
-    torch_dimap.remove_units(model)
     return sum(sum(cut.kept.values()) for cut in done.values())
 
 
+def refitted(
+    masked: nn.Module, calibration: dict[int, list[Tensor]]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a masked model as it is, then refitted on each number of images."""
+    yield "", masked
+    for count, images in calibration.items():
+        model = copy.deepcopy(masked)
+        torch_dimap.reconstruct(model, images)
+        yield f", reconstructed on {count} images", model
+
+
 def compare(
-    dense: nn.Module, batch: tuple[Tensor, Tensor], test: list, options: argparse.Namespace,
-    bar: tqdm,
+    dense: nn.Module, batch: tuple[Tensor, Tensor], calibration: dict[int, list[Tensor]],
+    test: list, options: argparse.Namespace, bar: tqdm,
 ) -> list[dict]:  # fmt: skip
     """Return a row for the dense model, and one for every kind, amount and method."""
     images = sum(len(labels) for _, labels in test)
@@ -181,19 +205,22 @@ def compare(
     rows: list[dict] = [{"kind": "", "score": "dense", "ranking": "", "amount": 0.0,
                          "units_kept": "", "top1": top1(dense)}]  # fmt: skip
     for kind in options.kinds:
-        layers = torch_dimap.group_units(dense)[kind]
+        units = torch_dimap.group_units(dense)
+        layers = [layer for part in KINDS[kind] for layer in units[part]]
         set_seeds(options.seed)
         known = {
             name: {layer.name: values for layer, values in
-                   score(layers, dense, batch, options).items()}
-            for name, score in SCORES.items()
+                   SCORES[name](layers, dense, batch, options).items()}
+            for name in dict.fromkeys(name for name, _ in options.methods)
         }  # fmt: skip
-        for amount, (score, ranking) in itertools.product(options.amounts, METHODS):
-            model = copy.deepcopy(dense)
+        for amount, (score, ranking) in itertools.product(options.amounts, options.methods):
+            masked = copy.deepcopy(dense)
             set_seeds(options.seed)
-            kept = prune_units(model, kind, amount, known[score], ranking, options.minimum)
-            rows.append({"kind": kind, "score": score, "ranking": ranking, "amount": amount,
-                         "units_kept": kept, "top1": top1(model)})  # fmt: skip
+            kept = mask_units(masked, kind, amount, known[score], ranking, options.minimum)
+            for how, model in refitted(masked, calibration):
+                accuracy = top1(torch_dimap.remove_units(copy.deepcopy(model)))
+                rows.append({"kind": kind, "score": score + how, "ranking": ranking,
+                             "amount": amount, "units_kept": kept, "top1": accuracy})
     return rows
 
 
@@ -205,15 +232,16 @@ def markdown(rows: list[dict], options: argparse.Namespace) -> str:
         text = f"{statistics.mean(values):.2f}"
         return text + (f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else "")
 
-    lines = [f"Top-1 in one shot; dense {cell(score='dense')}. Columns: the share of the units "
-             f"of that kind that is removed; every layer keeps at least {options.minimum}."]
+    lines = [f"Top-1 without fine-tuning; dense {cell(score='dense')}. Columns: the share of the "
+             f"units of that kind that is removed; every layer keeps at least {options.minimum}."]
     for kind in options.kinds:
         lines += [
             "",
             f"| {kind} | ranked | " + " | ".join(f"{a:.0%}" for a in options.amounts) + " |",
             "|---|---|" + "---:|" * len(options.amounts),
         ]
-        for score, ranking in METHODS:
+        rowed = dict.fromkeys((r["score"], r["ranking"]) for r in rows if r["kind"] == kind)
+        for score, ranking in rowed:
             cells = [cell(kind=kind, score=score, ranking=ranking, amount=amount)
                      for amount in options.amounts]  # fmt: skip
             lines.append(f"| {score} | {ranking} | " + " | ".join(cells) + " |")
@@ -232,7 +260,8 @@ def main() -> None:
     files = options.checkpoints or [None]
     about = provenance(options.device)
     rows: list[dict] = []
-    steps = len(files) * (1 + len(options.kinds) * len(METHODS) * len(options.amounts))
+    variants = len(options.kinds) * len(options.methods) * len(options.amounts)
+    steps = len(files) * (1 + variants * (1 + len(options.reconstruct)))
     with tqdm(total=steps, unit="test", desc="one-shot top-1") as bar:
         for i, file in enumerate(files):
             model = load_model(
@@ -245,13 +274,18 @@ def main() -> None:
             if i == 0:
                 images = list(test) if len(test_data) <= 20_000 else test  # decoded once
             batch = next(iter(training_loader(train_data, own)))
+            calibration = {
+                count: unlabelled_batches(
+                    train_data, count, own.batch_size, test_data.transform, own.seed
+                )
+                for count in own.reconstruct
+            }
             source = {"weights": str(file or options.model), "seed": own.seed}
-            rows += [{**source, **row, **about} for row in compare(model, batch, images, own, bar)]
+            found = compare(model, batch, calibration, images, own, bar)
+            rows += [{**source, **row, **about} for row in found]
     options.output.mkdir(parents=True, exist_ok=True)
     with whole_or_not_at_all(options.output / f"{options.name}.csv", "w") as table:
-        writer = csv.DictWriter(table, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+        write_csv(rows, table)
     text = markdown(rows, options)
     with whole_or_not_at_all(options.output / f"{options.name}.md", "w") as table:
         table.write(text)
@@ -259,4 +293,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        fail(str(error).strip().splitlines()[-1])

@@ -39,6 +39,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="a timm data set, such as torch/cifar10 or hfds/ORG/NAME, instead of a folder")
     add("--train-split", default="train", metavar="SPLIT", help="(default: train)")
     add("--test-split", default="validation", metavar="SPLIT", help="(default: validation)")
+    add_loading_arguments(parser)
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--data-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE",
         help="for timm.data.resolve_data_config, such as crop_pct=1.0")
     add("--batch-size", type=int, default=128, metavar="N",

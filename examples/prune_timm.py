@@ -11,6 +11,7 @@ import argparse
 import random
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -53,10 +54,8 @@ def find_images(folder: Path) -> list[Path]:
     return found
 
 
-def reconstruct(model: nn.Module, images: list[Path], count: int) -> None:
+def reconstruct(model: nn.Module, images: list[Path], count: int, transform: Callable) -> None:
     """Refit the kept weights on some of the images, and tell what that did."""
-    config = timm.data.resolve_model_data_config(model)
-    transform = timm.data.create_transform(**config, is_training=False)
     chosen = random.Random(0).sample(images, min(count, len(images)))
     batches = [
         torch.stack([transform(read_image(str(path))) for path in chosen[i : i + BATCH]])
@@ -83,13 +82,15 @@ def main() -> None:
     except ValueError as error:
         fail(str(error))
     thresholds = torch_dimap.global_module_aware_unstructured(groups, amount=options.amount)
+    config = timm.data.resolve_model_data_config(model)
     if images:
+        transform = timm.data.create_transform(**config, is_training=False)
         try:
-            reconstruct(model, images, options.reconstruct)
+            reconstruct(model, images, options.reconstruct, transform)
         except OSError as error:
             fail(str(error))
-    size = timm.data.resolve_model_data_config(model)["input_size"]
-    print(torch_dimap.summarize(model, torch.zeros(1, *size), thresholds=thresholds))
+    image = torch.zeros(1, *config["input_size"])
+    print(torch_dimap.summarize(model, image, thresholds=thresholds))
     if options.output:
         try:
             save_model(torch_dimap.remove_all(model), options.output)

@@ -68,3 +68,32 @@ def test_compare_units_writes_a_row_for_every_kind_method_and_amount(
     for row in rows[1:]:
         assert int(row["units_kept"]) == (3 if row["kind"] == "heads" else 96)
     assert "| product | share |" in capsys.readouterr().out
+
+
+def test_compare_units_measures_with_reconstruction_too(
+    data, tmp_path, monkeypatch, capsys, small
+):
+    torch.save(small.state_dict(), tmp_path / "0.pth")
+    arguments = [SWIN, "--checkpoints", tmp_path / "0.pth", "--model-kwargs", *KWARGS, "--data",
+                 data, "--workers", 0, "--device", "cpu", "--batch-size", 8, "--amounts", 0.5,
+                 "--kinds", "both", "--methods", "product, share", "--reconstruct", 12,
+                 "--output", tmp_path]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["compare_units.py", *map(str, arguments)])
+    compare_units.main()
+    with open(tmp_path / "units_one_shot.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    scores = ["dense", "product", "product, reconstructed on 12 images"]
+    assert [row["score"] for row in rows] == scores
+    assert [row["units_kept"] for row in rows[1:]] == [str(3 + 96)] * 2
+    assert f"| {scores[2]} | share |" in capsys.readouterr().out
+
+
+def test_refitted_models_differ_and_the_masked_one_stays(small):
+    compare_units.mask_units(small, "both", 0.5, None, "share", 1)
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    batches = [torch.randn(8, 3, 16, 16)]
+    (_, masked), (how, model) = compare_units.refitted(small, {8: batches})
+    assert masked is small and how == ", reconstructed on 8 images"
+    assert all(torch.equal(value, before[key]) for key, value in small.state_dict().items())
+    weights = (x.layers[1].blocks[0].mlp.fc2.weight for x in (small, model))
+    assert not torch.equal(*weights)
