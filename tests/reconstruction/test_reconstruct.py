@@ -313,3 +313,10 @@ def test_reconstruct_refuses_rows_that_are_used_now_whole_and_now_in_parts():
     prune.l1_unstructured(model, "in_proj_weight", amount=0.5)
     with pytest.raises(ValueError, match="in the same rows each time.*in_proj_weight"):
         reconstruct(model, [torch.randn(4, 7, 8)])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_reconstruct_refuses_a_wrapped_model_with_the_remedy(batches):
+    model = nn.DataParallel(pruned(make_swin()))
+    with pytest.raises(ValueError, match="found DataParallel: give model.module"):
+        reconstruct(model, batches)

@@ -144,6 +144,11 @@ def study(
     ``weights`` are those of the streams to come. Gives the trace, and what runs the model on
     the batch of a number.
     """
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ValueError(
+            f"{caller}: model must be one that nothing spreads over devices, found "
+            f"{type(model).__name__}: give model.module, and the same images in every process."
+        )
     device = layers[0].parameter.device
 
     def call(batch: int) -> Any:
