@@ -287,36 +287,3 @@ def test_reconstruct_refuses_a_kernel_that_is_no_matrix(batches):
     prune.l1_unstructured(model[0], "weight", amount=0.5)
     with pytest.raises(ValueError, match="found another product with 0.weight: leave them out"):
         reconstruct(model, batches)
-
-
-def test_reconstruct_refuses_tied_weights_and_leaves_shared_biases():
-    model, x = Mlp(6, 6, 6), torch.randn(20, 6)
-    model.fc2.bias = model.fc1.bias
-    prune.l1_unstructured(model.fc1, "weight", amount=0.5)
-    bias = model.fc1.bias.detach().clone()
-    assert reconstruct(model, [x])["fc1.weight"].after > 0
-    assert torch.equal(model.fc1.bias, bias)
-    model.fc2.weight = model.fc1.weight_orig
-    before = state(model)
-    with pytest.raises(ValueError, match="found fc1.weight tied to others.*untie them"):
-        reconstruct(model, [x])
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_reconstruct_refuses_rows_that_are_used_now_whole_and_now_in_parts():
-    class Twice(nn.MultiheadAttention):
-        def forward(self, x):
-            x = super().forward(x, x, x)[0]
-            return super().forward(x, x[:, :3], x[:, :3])[0]
-
-    model = Twice(8, 2, batch_first=True)
-    prune.l1_unstructured(model, "in_proj_weight", amount=0.5)
-    with pytest.raises(ValueError, match="in the same rows each time.*in_proj_weight"):
-        reconstruct(model, [torch.randn(4, 7, 8)])
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_reconstruct_refuses_a_wrapped_model_with_the_remedy(batches):
-    model = nn.DataParallel(pruned(make_swin()))
-    with pytest.raises(ValueError, match="found DataParallel: give model.module"):
-        reconstruct(model, batches)

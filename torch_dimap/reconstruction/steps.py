@@ -119,7 +119,9 @@ def trace(model: nn.Module, run: Callable[[], Any], layers: Sequence[Layer]) -> 
     steps = [Step(call.module, call.levels()) for call in _split(whole, times)]
     while len(steps) > 1 and not steps[-1].levels:  # a head, or what only comes after
         steps.pop()
-    return Trace(steps, Step(model, whole.levels()), uses, watch.biased, watch.unclear)
+    unclear = watch.unclear | watch.read & set(uses)
+    biased = watch.biased - watch.bias_read
+    return Trace(steps, Step(model, whole.levels()), uses, biased, unclear)
 
 
 def _all(call: _Call) -> Iterator[_Call]:
