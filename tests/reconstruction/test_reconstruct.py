@@ -276,8 +276,10 @@ def test_reconstruct_refuses_a_damping(swin, batches, damping, error):
 
 
 def test_reconstruct_refuses_a_model_without_masks(swin, batches):
-    with pytest.raises(ValueError, match="must hold masked weights, found none: prune it first"):
+    with pytest.raises(ValueError, match="model must hold masked weights, found none: prune first"):
         reconstruct(swin, batches)
+    with pytest.raises(ValueError, match="groups must hold masked weights"):
+        reconstruct(pruned(swin), batches, groups={})
 
 
 def test_reconstruct_refuses_a_kernel_that_is_no_matrix(batches):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from conftest import make_swin
@@ -18,7 +20,9 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.stem = nn.Linear(5, 8)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Linear(8, 8))
+            BLOCKS.get(wiring, nn.Sequential)(
+                nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Linear(8, 8)
+            )
             for _ in range(depth)
         )
         self.wiring = wiring
@@ -51,7 +55,80 @@ def shared(x, blocks):
     return blocks[1](blocks[0](blocks[0](x)))
 
 
-WIRINGS = pytest.mark.parametrize("wiring", [chain, skips, in_place, shared])
+def picked(x, blocks):
+    order = blocks[0](x).sum(1).argsort()  # autograd knows nothing of that
+    x = x + blocks[1](x)
+    x = x + blocks[2](x)
+    return blocks[3](x[order[:10]])
+
+
+def detached(x, blocks):
+    first = blocks[0](x).detach()
+    x = x + blocks[1](x)
+    x = x + blocks[2](x)
+    return blocks[3](x + first)
+
+
+def changed_inside(x, blocks):
+    return chain(x, blocks)
+
+
+class ChangesItsInput(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.relu_())
+
+
+def remembered(x, blocks):
+    x = blocks[0](x)
+    for block in blocks[1:]:
+        x = block(x) + blocks[0].kept
+    return x
+
+
+class Remembers(nn.Sequential):
+    def forward(self, x):
+        self.kept = 2 * x
+        return super().forward(x)
+
+
+def collected(x, blocks):
+    found = []
+    for block in blocks:
+        x = block(x, found)
+    return sum(found)
+
+
+class Collects(nn.Sequential):
+    def forward(self, x, found):
+        x = super().forward(x)
+        found.append(x)
+        return x + found[0]
+
+
+def wrapped(x, blocks):
+    for block in blocks:
+        y = block(x).x
+        y += x
+        x = y
+    return x
+
+
+@dataclass
+class Output:
+    x: torch.Tensor
+
+
+class Wraps(nn.Sequential):
+    def forward(self, x):
+        return Output(super().forward(x))
+
+
+BLOCKS = {
+    changed_inside: ChangesItsInput, remembered: Remembers, collected: Collects, wrapped: Wraps,
+}  # fmt: skip
+WIRINGS = pytest.mark.parametrize(
+    "wiring", [chain, skips, in_place, shared, picked, detached, *BLOCKS]
+)
 
 
 def pruned_net(wiring):
@@ -83,8 +160,43 @@ def test_blocks_run_a_few_times_each_whatever_the_depth():
         for block in stage.blocks:
             block.norm1.register_forward_hook(lambda *_: runs.append(1))
     reconstruct(model, [torch.randn(2, 1, 16, 16)])
-    # Two traces; for each of four levels and for the outputs, once in either stream.
-    assert len(runs) <= 4 * (2 + 2 * 5)
+    # Two traces and three runs that see whether the steps hold; for each of four levels and
+    # for the outputs, once in either stream.
+    assert len(runs) <= 4 * (2 + 3 + 2 * 5)
+
+
+def test_forwards_draw_the_same_random_numbers_and_none_of_the_callers():
+    def noisy(x, blocks):
+        for block in blocks:
+            x = block(nn.functional.dropout(x, 0.1, training=True))
+        return x
+
+    nets = [pruned_net(noisy) for _ in range(2)]
+    for net in nets:
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        reconstruct(net, [torch.ones(20, 5)])
+        assert torch.equal(torch.get_rng_state(), before)
+    for a, b in zip(nets[0].parameters(), nets[1].parameters()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.*left alone")
+def test_a_shared_layer_sees_what_it_saw_before_its_inputs_were_changed_in_place():
+    def added(x, blocks):
+        for _ in range(3):
+            x = x + blocks[0][0](x)
+        return x
+
+    def added_in_place(x, blocks):
+        for _ in range(3):
+            x += blocks[0][0](x)
+        return x
+
+    nets = [pruned_net(added), pruned_net(added_in_place)]
+    misfits = [reconstruct(net, [torch.linspace(-1, 1, 100).view(20, 5)]) for net in nets]
+    assert misfits[0] == misfits[1]
+    assert torch.equal(nets[0].blocks[0][0].weight_orig, nets[1].blocks[0][0].weight_orig)
 
 
 def test_a_change_in_place_begins_a_new_level():

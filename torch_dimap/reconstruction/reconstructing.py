@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +24,9 @@ from torch_dimap.masking import (
 )
 from torch_dimap.reconstruction.batches import Call, read_batches, to_device
 from torch_dimap.reconstruction.refitting import Misfit, Refit, gather
-from torch_dimap.reconstruction.steps import Trace, note_last_users, trace
-from torch_dimap.reconstruction.streams import Stream, dense_weights, other_values
+from torch_dimap.reconstruction.steps import Swap, Trace, note_last_users, trace
+from torch_dimap.reconstruction.streams import Stream, dense_weights, other_values, steps_hold
+from torch_dimap.reconstruction.watching import bias_of
 from torch_dimap.text import name_some, warn
 
 CALLER = "reconstruct()"
@@ -45,7 +47,7 @@ def reconstruct(
     on the inputs that each layer gets from a few images: without labels, without gradients,
     in minutes. The kept entries of ``<name>_orig`` change, and the biases of the layers;
     masks, what they hide and everything else stay. Masks may be of single weights or of whole
-    rows and columns; a masked bias does not change.
+    rows and columns, and of biases: what they hide of one does not change.
 
     The targets are what the dense model gives, which is still behind the masks. So call it
     once, right after pruning: after a training or a second call, what is behind the masks is
@@ -95,9 +97,10 @@ def reconstruct(
     layers = _masked_layers(model, groups)
     check_damping(damping, CALLER)
     calls = read_batches(model, batches, CALLER)
-    with torch.inference_mode(False), study(model, calls, layers, CALLER) as (found, call):
-        dense = Stream(call, len(calls), found.steps, dense_weights(_masked_tensors(model)))
-        masked = Stream(call, len(calls), found.steps, []) if sequential else None
+    weights = [dense_weights(_masked_tensors(model)), []]
+    with torch.inference_mode(False), study(model, calls, layers, weights, CALLER) as (found, call):
+        dense = Stream(call, len(calls), found.steps, weights[0])
+        masked = Stream(call, len(calls), found.steps, weights[1]) if sequential else None
         with tqdm(total=len(layers), unit=" layers", disable=not progress) as bar:
             values, misfits = _refit_all(dense, masked, found, damping, bar)
     _commit(values)
@@ -130,25 +133,44 @@ def _refit_all(
 
 @contextmanager
 def study(
-    model: nn.Module, calls: list[Call], layers: list[Layer], caller: str
+    model: nn.Module,
+    calls: list[Call],
+    layers: list[Layer],
+    weights: Sequence[list[Swap]],
+    caller: str,
 ) -> Iterator[tuple[Trace, Callable[[int], Any]]]:
     """Make a model ready to be run on batches, and find out how it uses some layers.
 
-    Gives the trace, and what runs the model on the batch of a number.
+    ``weights`` are those of the streams to come. Gives the trace, and what runs the model on
+    the batch of a number.
     """
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ValueError(
+            f"{caller}: model must be one that nothing spreads over devices, found "
+            f"{type(model).__name__}: give model.module, and the same images in every process."
+        )
     device = layers[0].parameter.device
 
     def call(batch: int) -> Any:
         args, kwargs = to_device(calls[batch], device)
-        return model(*args, **kwargs)
+        # The same random numbers for every forward, and none of them taken from the caller's.
+        with torch.random.fork_rng(cuda):
+            return model(*args, **kwargs)
 
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with untouched(model), _plain_numbers(device):
         hold_masks(model)
         found = trace(model, lambda: call(0), layers)
+        held = _holders(model)
+        for layer in layers:
+            bias = bias_of(layer)
+            if bias and held[bias.parameter] > 1:  # another layer's too: it stays
+                found.biased.discard(layer.label)
         if found.unclear:
             raise ValueError(
                 f"{caller}: layers must be multiplied as a linear layer or a 1x1 convolution is, "
-                f"found another product with {name_some(sorted(found.unclear))}: leave them out."
+                "in the same rows each time, found another product with "
+                f"{name_some(sorted(found.unclear))}: leave them out."
             )
         unused = [layer.label for layer in layers if layer.label not in found.uses]
         if len(unused) == len(layers):
@@ -159,6 +181,8 @@ def study(
         if unused:
             warn(f"{caller}: {name_some(unused)} left alone: the forward does not use them.")
         note_last_users(found.steps, lambda: call(0))
+        if len(found.steps) > 1 and not steps_hold(call, len(calls), found.steps, weights):
+            found.steps[:] = [found.whole]
         yield found, call
 
 
@@ -172,10 +196,23 @@ def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
     layers = [x for x in listed if x.mask is not None and x.parameter.dim() > 1]
     if not layers:
         raise ValueError(
-            f"{CALLER}: model must hold masked weights, found none: prune it first, and call "
-            "remove_all afterwards."
+            f"{CALLER}: {'model' if groups is None else 'groups'} must hold masked weights, found "
+            "none: prune first, and call remove_all afterwards."
+        )
+    held = _holders(model)
+    tied = [layer.label for layer in layers if held[layer.parameter] > 1]
+    if tied:
+        raise ValueError(
+            f"{CALLER}: weights must belong to one layer each, found {name_some(tied)} tied to "
+            "others, which a refit would change too: untie them, or leave them out of groups."
         )
     return layers
+
+
+def _holders(model: nn.Module) -> Counter[nn.Parameter]:
+    """Count by how many modules, or under how many of their names, each parameter is held."""
+    held = (parameter for module in model.modules() for parameter in module._parameters.values())
+    return Counter(parameter for parameter in held if parameter is not None)
 
 
 def _masked_tensors(model: nn.Module) -> list[Layer]:

@@ -102,11 +102,15 @@ def gather(refits: Sequence[Refit], dense: Stream, masked: Stream | None, found:
         def alone(use: Use) -> None:
             by_label[use.layer.label].add(use, use.inputs)
 
+        def keep(use: Use) -> None:
+            again = uses > len(layers)  # by then the model may have changed these in place
+            wanted.append(use._replace(inputs=use.inputs.clone()) if again else use)
+
         def paired(use: Use) -> None:
             by_label[use.layer.label].add(use, wanted.pop(0).inputs)
 
         if masked is None:
             dense.watch(batch, layers, uses, alone)
         else:
-            dense.watch(batch, layers, uses, wanted.append)
+            dense.watch(batch, layers, uses, keep)
             masked.watch(batch, layers, uses, paired)

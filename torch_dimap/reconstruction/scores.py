@@ -100,7 +100,7 @@ def _scores(
     layers = [x for group in find_layers_in(model, parameters, caller).values() for x in group]
     calls = read_batches(model, batches, caller)
     scores: dict[Pair, Tensor] = {}
-    with torch.inference_mode(False), study(model, calls, layers, caller) as (found, call):
+    with torch.inference_mode(False), study(model, calls, layers, [[]], caller) as (found, call):
         stream = Stream(call, len(calls), found.steps, [])
         for step in found.steps:
             refits = [Refit(layer, biased=False) for layer in sum(step.levels, [])]

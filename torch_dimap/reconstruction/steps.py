@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class Trace:
     """What a forward showed: its steps, and how it uses the layers."""
 
     steps: list[Step]
+    whole: Step  # the model: what to fall back to
     uses: Counter[str]  # label -> how often the layer is used
     biased: set[str]  # labels of the layers whose bias is added
     unclear: set[str]  # labels of those that are used in another way than a linear layer
@@ -75,6 +77,7 @@ def trace(model: nn.Module, run: Callable[[], Any], layers: Sequence[Layer]) -> 
     level, last, version = 0, None, 0
     first_level: dict[str, int] = {}
     uses: Counter[str] = Counter()
+    rows: dict[str, set[tuple[int, int]]] = defaultdict(set)
 
     def seen(use: Use) -> None:
         nonlocal level, last, version
@@ -84,6 +87,7 @@ def trace(model: nn.Module, run: Callable[[], Any], layers: Sequence[Layer]) -> 
         last = memory  # kept alive, so that nothing else comes to lie there
         version = use.version
         uses[use.layer.label] += 1
+        rows[use.layer.label].add(use.rows)
         stack[-1].direct = True
         own = first_level.setdefault(use.layer.label, level)
         for call in stack:
@@ -107,12 +111,17 @@ def trace(model: nn.Module, run: Callable[[], Any], layers: Sequence[Layer]) -> 
     finally:
         for handle in handles:
             handle.remove()
+    for label, parts in rows.items():
+        if any(b < before for (_, before), (b, _) in pairwise(sorted(parts))):
+            watch.unclear.add(label)  # now whole and now in parts: no one fit serves both
     whole = root.inside[0]
     times = Counter(call.module for call in _all(whole))
     steps = [Step(call.module, call.levels()) for call in _split(whole, times)]
     while len(steps) > 1 and not steps[-1].levels:  # a head, or what only comes after
         steps.pop()
-    return Trace(steps, uses, watch.biased, watch.unclear)
+    unclear = watch.unclear | watch.read & set(uses)
+    biased = watch.biased - watch.bias_read
+    return Trace(steps, Step(model, whole.levels()), uses, biased, unclear)
 
 
 def _all(call: _Call) -> Iterator[_Call]:
@@ -192,7 +201,7 @@ def _leaves(found: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """List the tensors in nested tuples, lists and dicts."""
+    """List the tensors in nested tuples, lists, dicts and dataclasses."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -204,7 +213,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change the tensors in nested tuples, lists and dicts; leave all else as it is."""
+    """Change the tensors in nested tuples, lists, dicts and dataclasses, and nothing else."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -216,6 +225,12 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         for key, item in value.items():
             changed[key] = map_tensors(item, change)
         return changed
+    if is_dataclass(value) and not isinstance(value, type):
+        other = copy.copy(value)
+        for item in fields(value):
+            kept = map_tensors(getattr(value, item.name), change)
+            object.__setattr__(other, item.name, kept)  # it may be frozen
+        return other
     return value
 
 

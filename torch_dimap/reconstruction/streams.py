@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_dimap.masking import Layer
-from torch_dimap.reconstruction.steps import Step, Swap, map_tensors, swapped
+from torch_dimap.reconstruction.steps import Step, Swap, map_tensors, swapped, tensors
 from torch_dimap.reconstruction.watching import Use, Watch
 
 
@@ -77,16 +77,62 @@ class Stream:
         """Run the model on a batch, the finished steps giving what they gave."""
         for step, given in zip(self.steps, self.given):
             forwards.append((vars(step.module), "forward", _giving(given[batch])))
-        # The same random numbers for every run, and none of them taken from the caller's.
-        with torch.random.fork_rng(_cuda()), swapped([*self.weights, *forwards]):
+        with swapped([*self.weights, *forwards]):
             try:
                 self.call(batch)
             except _Enough:
                 pass
 
 
-def _cuda() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+def steps_hold(
+    call: Callable[[int], Any], batches: int, steps: Sequence[Step], weights: Sequence[list[Swap]]
+) -> bool:
+    """Say whether steps that run one by one give what they give in a whole forward.
+
+    They do not if a step does more than give an output: keeps something for later ones,
+    changes its inputs in place, or draws random numbers. So the first and the last batch are
+    taken through the steps with each of the weights in turn, which spoils what steps keep.
+    """
+    whole: dict[int, list[Tensor]] = {}
+
+    def noting(i: int, forward: Callable) -> Callable:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            whole[i] = _samples(output)
+            return output
+
+        return noted
+
+    two = min(batches, 2)
+    streams = [Stream(lambda batch: call(-batch), two, steps, own) for own in weights]
+    streams[0]._run(
+        0, [(vars(s.module), "forward", noting(i, s.module.forward)) for i, s in enumerate(steps)]
+    )
+    for i in range(len(steps)):
+        try:
+            for stream in streams:
+                stream.advance()
+            given = _samples(streams[0].given[i][0])
+        except Exception:  # which a whole forward, as that before, did not raise
+            return False
+        if len(given) != len(whole[i]) or not all(map(_alike, given, whole[i])):
+            return False
+    return True
+
+
+def _samples(output: Any) -> list[Tensor]:
+    """Take some entries of each tensor, enough to tell what it was."""
+    flat = [tensor.detach().flatten() for tensor in tensors(output)]
+    return [tensor[:: 1 + len(tensor) // 2**16].clone() for tensor in flat]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors are equal up to rounding."""
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    precision = 0.1 * torch.finfo(a.dtype).eps ** 0.5
+    a, b = a.double().nan_to_num(), b.double().nan_to_num()
+    return bool((a - b).norm() <= precision * b.norm())
 
 
 def _giving(output: Any) -> Callable:

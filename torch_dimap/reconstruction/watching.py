@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from torch_dimap.masking import Layer
 
@@ -54,6 +55,8 @@ class Watch(TorchDispatchMode):
     Attributes:
         biased: labels of the layers to whose outputs the bias that their module holds was added.
         unclear: labels of those that were in a product of another kind.
+        read: labels of those whose weight was an operand of what is no product.
+        bias_read: labels of those whose bias was used otherwise than in that addition.
     """
 
     def __init__(self, layers: Sequence[Layer], seen: Callable[[Use], None]) -> None:
@@ -61,30 +64,46 @@ class Watch(TorchDispatchMode):
         self.layers, self.seen = layers, seen
         self.biased: set[str] = set()
         self.unclear: set[str] = set()
+        self.read: set[str] = set()
+        self.bias_read: set[str] = set()
+        self._bare: dict[str, Tensor] = {}  # products to which no bias was added yet
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS:
-            x, w = (args[i] for i in _PRODUCTS[func])
-            for layer in self.layers:
-                weight = getattr(layer.module, layer.name)
-                if _same_memory(w, weight):
-                    uses = _uses(func, weight, x, w, args)
-                    for rows, inputs in uses:
-                        self.seen(Use(layer, rows, inputs, x._version))
-                    if not uses:
-                        self.unclear.add(layer.label)
-                elif _same_memory(x, weight):
-                    self.unclear.add(layer.label)
-        if func in _BIASES and _BIASES[func] < len(args):
-            self._look_for_bias(args[_BIASES[func]])
-        return func(*args, **(kwargs or {}))
+        multiplied = self._multiplied(func, args, kwargs) if func in _PRODUCTS else []
+        output = func(*args, **(kwargs or {}))
+        read = _memory(args, kwargs) - _memory(output)  # without what is only viewed
+        added = args[_BIASES[func]] if func in _BIASES and _BIASES[func] < len(args) else None
+        for layer in self.layers:
+            label, bias = layer.label, bias_of(layer)
+            if layer not in multiplied and _memory(getattr(layer.module, layer.name)) & read:
+                self.read.add(label)
+            if bias is None:
+                continue
+            if added is None and layer in multiplied:
+                self._bare[label] = output
+            elif _memory(getattr(bias.module, bias.name)) & read:
+                bare = self._bare.pop(label, None)
+                onto = layer in multiplied or _memory(bare) & _memory(args[0])
+                ours = onto and not kwargs and _memory(added) & read
+                (self.biased if ours else self.bias_read).add(label)
+        return output
 
-    def _look_for_bias(self, operand: Any) -> None:
-        if isinstance(operand, Tensor):
-            for layer in self.layers:
-                bias = bias_of(layer)
-                if bias and _same_memory(operand, getattr(layer.module, bias.name)):
-                    self.biased.add(layer.label)
+    def _multiplied(self, func: Any, args: Any, kwargs: Any) -> list[Layer]:
+        """Hand over the uses that a product is, and return the layers."""
+        found = []
+        x, w = (args[i] for i in _PRODUCTS[func])
+        for layer in self.layers:
+            weight = getattr(layer.module, layer.name)
+            if _same_memory(w, weight):
+                found.append(layer)
+                uses = [] if kwargs else _uses(func, weight, x, w, args)  # addmm's factors
+                for rows, inputs in uses:
+                    self.seen(Use(layer, rows, inputs, x._version))
+                if not uses:
+                    self.unclear.add(layer.label)
+            elif _same_memory(x, weight):
+                self.unclear.add(layer.label)
+        return found
 
 
 def bias_of(layer: Layer) -> Layer | None:
@@ -93,6 +112,12 @@ def bias_of(layer: Layer) -> Layer | None:
     if name is None or not isinstance(getattr(layer.module, name, None), Tensor):
         return None
     return Layer(f"{layer.label.removesuffix(layer.name)}{name}", layer.module, name)
+
+
+def _memory(*values: Any) -> set[int]:
+    """Say where the tensors among some values lie."""
+    found = (value for value in tree_leaves(values) if isinstance(value, Tensor) and value.numel())
+    return {value.untyped_storage().data_ptr() for value in found}
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
