@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import statistics
 import sys
 import time
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import timm
 import torch
-from prune import machine_name
+from prune import provenance
 from runtimes import RUNTIMES, exported
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -251,7 +250,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    machine = f"{machine_name(options.device)} of {os.cpu_count()}"
+    machine = provenance(options.device)["machine"]
     about = {"machine": machine, "torch": torch.__version__, "timm": timm.__version__,
              "seed": options.seed}  # fmt: skip
     rows: list[dict] = []
