@@ -1,4 +1,4 @@
-"""Slim models compiled and exported: compiled, as a program and in ONNX Runtime, the same outputs."""
+"""Slim models leave torch: compiled, exported and in ONNX Runtime, the same outputs."""
 
 from __future__ import annotations
 

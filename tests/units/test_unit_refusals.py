@@ -17,6 +17,7 @@ from torch_dimap.units import cut_units, units_left_out
 from torch_dimap.units.attentions import ATTENTIONS, REFUSED
 from torch_dimap.units.mlps import MLPS
 
+
 @pytest.fixture
 def vit() -> nn.Module:
     return make_vit()
@@ -67,6 +68,7 @@ def test_heads_that_share_keys_stay():
     assert "num_kv_heads is 2, not 1 x 8" in units_left_out(Model())[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 @pytest.mark.parametrize("wrap", [nn.utils.weight_norm, parametrizations.weight_norm])
 def test_layers_whose_weights_are_computed_stay(vit, wrap):
     wrap(vit.blocks[0].attn.qkv)
