@@ -210,7 +210,7 @@ def test_prune_to_flops_reaches_the_lowest():
         ({"fixed": {"qkv": 0.1}}, ValueError, r"some of the groups \['conv', 'fc'\].*\['qkv'\]"),
         ({"fixed": {"conv": 0.1, "fc": 0.1}}, ValueError, "leave at least one free"),
         ({"fixed": {"conv": 1.1}}, ValueError, r"fixed\['conv'\] as a float must lie in"),
-        ({"fixed": {"conv": 7}}, ValueError, r"fixed\['conv'\] asks to prune 7 weights, but"),
+        ({"fixed": {"conv": 7}}, ValueError, r"fixed\['conv'\] asks to prune 7, but"),
         ({"fixed": 0.1}, TypeError, "fixed must be a mapping group -> amount, found float"),
         ({"importance_scores": {}}, ValueError, "importance_scores has none for"),
     ],

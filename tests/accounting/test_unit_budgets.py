@@ -7,6 +7,7 @@ import datetime
 import itertools
 import time
 
+import backbones
 import pytest
 import timm
 import torch
@@ -58,6 +59,16 @@ def test_prune_units_to_flops_reaches_what_is_counted_after_removal(name, target
     budget = prune_units_to_flops(model, images, target, multiple=1)
     assert budget.target == int(target * whole)
     assert counted(model, images) == budget.reached <= budget.target
+
+
+@pytest.mark.parametrize("family", ["swinv2", "beit", "mvitv2", "coatnet", "pvt_v2"])
+def test_prune_units_to_flops_counts_layers_that_lose_all_heads(family):
+    model, x = backbones.build(family), backbones.images(family)
+    least = copy.deepcopy(model)
+    global_module_aware_structured(group_units(least)["heads"], 1.0, minimum=0)
+    heads = group_units(model)["heads"]
+    budget = prune_units_to_flops(model, x, counted(least, x), heads, minimum=0)
+    assert counted(model, x) == budget.reached == budget.target
 
 
 def test_prune_units_to_flops_takes_the_smallest_amount(swin, images):

@@ -595,7 +595,7 @@ def assert_same_equal_nan(before, after):
         (1.5, ValueError, r"must lie in \[0, 1\], found 1.5"),
         (float("nan"), ValueError, r"must lie in \[0, 1\], found nan"),
         (-1, ValueError, "must not be negative"),
-        (99, ValueError, "asks to prune 99 weights, but only 98 are unpruned"),
+        (99, ValueError, "asks to prune 99, but only 98 are unpruned"),
         (True, TypeError, "found bool"),
         ("half", TypeError, "found str"),
         (None, TypeError, "missing .* argument: 'amount'"),

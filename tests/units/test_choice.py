@@ -68,6 +68,8 @@ def test_choose_units_refuses_what_minimum_and_multiple_do_not_allow():
         choose_units(layers([1.0] * 3, [1.0] * 3), 5, minimum=1)
     with pytest.raises(ValueError, match="only 16 can"):
         choose_units(layers([1.0] * 32, multiple=16), 30, minimum=1)
+    with pytest.raises(ValueError, match="only 14 can"):  # these go one by one
+        choose_units(layers([1.0] * 8, [1.0] * 8, multiple=16), 16, minimum=1)
 
 
 @given(

@@ -1,4 +1,4 @@
-"""Slim models leave torch: the exported program and ONNX Runtime give the same outputs."""
+"""Slim models leave torch: compiled, exported and in ONNX Runtime, the same outputs."""
 
 from __future__ import annotations
 
@@ -21,6 +21,22 @@ def slim(request):
         units, 0.5, multiple=1, minimum=0, pruning_method=prune.RandomUnstructured
     )
     return remove_units(model)
+
+
+def test_a_slim_model_is_compiled(slim, images):
+    torch.compiler.reset()
+    assert_same(torch.compile(slim, backend="eager", fullgraph=True)(images), slim(images))
+
+
+def test_a_compiled_model_follows_the_removal(images):
+    torch.compiler.reset()
+    model = make_swin().eval()
+    compiled = torch.compile(model, backend="eager")
+    global_module_aware_structured(group_units(compiled), 0.5, multiple=1)
+    expected = compiled(images)
+    assert remove_units(compiled) is compiled
+    assert_same(compiled(images), expected)
+    assert model.layers[1].blocks[0].attn.num_heads < 4
 
 
 def assert_same(found, expected):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
+from operator import is_
 
 import backbones
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from torch_dimap import global_module_aware_structured, group_units, remove_units
-from torch_dimap.units import cut_units
+from torch_dimap.units import cut_units, describe_units
 
 
 def maxvit(**transformer: object) -> nn.Module:
@@ -103,6 +104,12 @@ MORE = {
     ),
 }  # fmt: skip
 ALL = {**backbones.FAMILIES, **MORE}
+# Those whose attentions expect as many channels inside as outside.
+REPLACED = [
+    "swinv2", "swinv2_cr", "pvt_v2", "twins", "nest", "xcit", "cait", "convit", "crossvit", "volo",
+    "beit", "eva02", "torchvision swin", "torchvision swin_v2", "torchvision vit",
+    "transformers PvtV2Model", "vit relpos", "dinov3", "eva giant", "edgenext", "davit",
+]  # fmt: skip
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -148,6 +155,8 @@ def mask_unevenly(model, amount, seed):
 
 def test_remove_units_keeps_the_outputs_of_the_family(family):
     model, x = make(family), backbones.images(family).double()
+    heads = units_of(model).get("heads", ())
+    assert any(layer.forward for layer in heads) == (family in REPLACED)
     for seed in range(2):
         done = mask_unevenly(model, 0.5, seed)
         assert any(cut.pruned for cut in done.values())
@@ -164,6 +173,23 @@ def test_remove_units_keeps_the_outputs_of_the_family(family):
         }
 
 
+@pytest.mark.parametrize("family", ["swin", "swinv2", "coatnet", "mvitv2", "pvt_v2"], indirect=True)
+def test_a_layer_may_lose_all_units_or_keeps_the_one_that_it_needs(family):
+    model, x = make(family), backbones.images(family).double()
+    units = units_of(model)
+    global_module_aware_structured(units, 1.0, minimum=0)
+    expected = backbones.outputs(model, x)
+    remove_units(model)
+    found = backbones.outputs(model, x)
+    assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+    needed = {layer.name for layer in units["heads"] if layer.empty is None}
+    left = [layer for layer in describe_units(model, None, "test") if not layer.obstacle]
+    assert {layer.name for layer in left if layer.kind == "heads"} == needed
+    parameters = list(model.parameters())
+    remove_units(model)  # an optimizer made in between still trains them
+    assert all(map(is_, model.parameters(), parameters))
+
+
 def test_a_slim_model_of_the_family_trains(family):
     model, x = make(family).float(), backbones.images(family)
     mask_unevenly(model, 0.5, 0)
@@ -175,11 +201,10 @@ def test_a_slim_model_of_the_family_trains(family):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("family", REPLACED, indirect=True)
 def test_a_replaced_forward_computes_what_the_original_does(family):
     model, x = make(family), backbones.images(family).double()
-    layers = [x for x in units_of(model).get("heads", ()) if x.forward]
-    if not layers:
-        pytest.skip("no forward is replaced")
+    layers = [x for x in units_of(model)["heads"] if x.forward]
     for training in (False, True):
         model.train(training)
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}

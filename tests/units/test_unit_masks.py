@@ -82,6 +82,15 @@ def test_unit_magnitudes_are_norms_of_rows_and_biases_times_norms_of_columns(vit
     torch.testing.assert_close(unit_magnitudes(heads), expected)
 
 
+def test_layers_as_groups_of_their_own_lose_the_same_share(swin):
+    units = group_units(swin)
+    layers = {layer.name: [layer] for kind in units.values() for layer in kind}
+    done = global_module_aware_structured(layers, amount=0.5)
+    assert {name: group.kept[name] for name, group in done.items()} == {
+        name: layer.units // 2 for name, [layer] in layers.items()
+    }
+
+
 def test_masks_only_shrink_and_count_what_is_unmasked(swin):
     units = group_units(swin)
     first = global_module_aware_structured(units, 0.5)

@@ -5,14 +5,23 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import torch.distributed as dist
+from conftest import make_vit
 from timm.layers import AttentionRope
 from timm.models.nextvit import EfficientAttention
 from torch import nn
+from torch.nn.utils import parametrizations
 
-from torch_dimap import group_units
+from torch_dimap import group_units, remove_units, summarize
 from torch_dimap.units import cut_units, units_left_out
 from torch_dimap.units.attentions import ATTENTIONS, REFUSED
 from torch_dimap.units.mlps import MLPS
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    return make_vit()
+
 
 STAY = {
     "cait_xxs24_224": "heads of TalkingHeadAttn: proj_l and proj_w mix its heads",
@@ -57,6 +66,51 @@ def test_heads_that_share_keys_stay():
 
     assert units_left_out(Model())[0].startswith("attn (heads): ")
     assert "num_kv_heads is 2, not 1 x 8" in units_left_out(Model())[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, parametrizations.weight_norm])
+def test_layers_whose_weights_are_computed_stay(vit, wrap):
+    wrap(vit.blocks[0].attn.qkv)
+    wrap(vit.blocks[1].mlp.fc2)
+    reasons = units_left_out(vit)
+    assert reasons[0].startswith("blocks.0.attn (heads): qkv is wrapped, or its weight is computed")
+    assert reasons[1] == "the neurons of Mlp, whose layers are wrapped or computed"
+    with pytest.warns(UserWarning, match="qkv is wrapped"):
+        units = group_units(vit)
+    assert [x.name for x in units["heads"]] == ["blocks.1.attn", "blocks.2.attn"]
+    assert [x.name for x in units["neurons"]] == ["blocks.0.mlp", "blocks.2.mlp"]
+
+
+def test_layers_that_lora_wraps_stay(vit):
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    adapted = peft.get_peft_model(vit, peft.LoraConfig(target_modules=["qkv", "fc1"]))
+    with pytest.raises(ValueError, match=r"blocks.0.attn \(heads\): qkv is wrapped"):
+        group_units(adapted)
+
+
+def test_summarize_leaves_units_alone_that_removal_refuses():
+    model = timm.create_model(
+        "vit_small_patch16_rope_mixed_224", img_size=32, embed_dim=24, depth=1, num_heads=3
+    ).eval()
+    image = torch.randn(1, 3, 32, 32)
+    model.blocks[0].attn.proj.weight.data[:, :8] = 0
+    with pytest.raises(RuntimeError, match="share rope_mixed"):
+        remove_units(model)
+    total = summarize(model, image).model
+    assert total.slim_flops == total.flops.dense
+
+
+def test_remove_units_refuses_a_model_whose_gradients_are_averaged(vit, tmp_path):
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("torch was built without gloo")
+    dist.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(vit)
+        with pytest.raises(TypeError, match="pass model.module, and wrap it anew"):
+            remove_units(wrapped)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_shared_position_biases_of_beit_are_seen():

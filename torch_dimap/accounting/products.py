@@ -144,6 +144,8 @@ def _credit(model: nn.Module, layers: list[Layer]) -> Callable[..., Counter]:
             return Counter({operator: flops})
         counts: Counter = Counter()
         size = sum(layer.parameter.numel() for layer in listed)
+        if not size:  # all units of these layers have been removed: there is nothing to multiply
+            return counts
         for layer in sorted(listed, key=lambda layer: layer.label):
             # Weights that have been concatenated share by size.
             counts[layer] = (flops - counts.total()) * layer.parameter.numel() // size

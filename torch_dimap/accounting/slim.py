@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torch_dimap.accounting.flops import FlopCount, count_flops
 from torch_dimap.masking import Pair, snapshot
-from torch_dimap.units import UnitCount, builtin_unit_rule, count_units, cut_units
+from torch_dimap.units import UnitCount, count_units, cut_units, list_units
 
 
 class UnitsLeft(NamedTuple):
@@ -48,12 +48,7 @@ def count_slim_flops(
     They are those of the smaller tensors, not of the dense ones weighted by anything. The
     units are cut out for the count, and then the model is put back as it was.
     """
-    layers = [
-        layer
-        for name, module in model.named_modules()
-        for layer in builtin_unit_rule(name, module)
-        if not layer.obstacle
-    ]
+    layers = [x for x in list_units(model, None, "count_slim_flops()") if not x.obstacle]
     put_back = snapshot(model.modules())
     try:
         cut_units({layer: keep for layer in layers if not (keep := layer.alive()).all()})

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from torch_dimap.accounting.smallest import absolute, check_fixed, smallest
-from torch_dimap.accounting.unit_flops import count_unit_flops
+from torch_dimap.accounting.unit_flops import count_savings, count_unit_flops
 from torch_dimap.masking import DimapUnstructured
 from torch_dimap.units import (
     KeptUnits,
@@ -97,14 +97,19 @@ def prune_units_to_flops(
     plan = plan_units(listed, importance_scores, minimum, multiple, DimapUnstructured, caller)
     search = plan_search(plan, fixed)
     layers = list(search.stay(0))
+    emptied = {layer: keep for layer, keep in search.stay(search.steps).items() if not keep.any()}
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     whole, counted = count_unit_flops(model, inputs, layers, caller)
     costs = {layer: x.multiply_adds or 0 for layer, x in zip(layers, counted)}
+    # A layer without any unit has no use for what its units share either.
+    branches = count_savings(model, inputs, emptied, caller)[1] if emptied else {}
     wanted = absolute(target, whole, "multiply-adds", caller)
 
     def left(step: int) -> int:
         return whole - sum(
             costs[layer] * (layer.units - int(keep.count_nonzero()))
+            if keep.any()
+            else branches[layer]
             for layer, keep in search.stay(step).items()
         )
 
@@ -143,7 +148,7 @@ class Search(NamedTuple):
         """Unit layer -> one flag per unit: False for what removal would cut."""
         keeps, _ = self.plan.choose(self.amounts(step))
         return {
-            layer: keep & self.alive[layer]
+            layer: layer.staying(keep & self.alive[layer])
             for group, layers in self.plan.groups.items()
             for layer, keep in zip(layers, keeps[group])
         }

@@ -25,7 +25,7 @@ def count_unit_flops(
     Multiply-adds are those of :func:`torch_dimap.count_flops`, whatever is masked or zero.
     A unit's are all that go with it: the weights that make it and read it, and a head's
     products of queries, keys and values. So removing ``k`` units of a layer saves exactly
-    ``k`` times as many.
+    ``k`` times as many, as long as one of them stays.
 
     Args:
         model: the model; it is only read.
@@ -41,24 +41,33 @@ def count_unit_flops(
         ValueError: for a layer of another model.
         NotImplementedError: if multiply-adds cannot be counted.
     """
-    listed = list(layers)
-    names = names_in(model, listed, caller)
+    one_less = {layer: torch.arange(layer.units) < layer.units - 1 for layer in layers}
+    whole, costs = count_savings(model, inputs, one_less, caller)
+    return whole, [layer._replace(multiply_adds=cost) for layer, cost in costs.items()]
+
+
+def count_savings(
+    model: nn.Module,
+    inputs: Tensor | tuple[Any, ...],
+    keeps: Mapping[UnitLayer, Tensor],
+    caller: str,
+) -> tuple[int, dict[UnitLayer, int]]:
+    """Count a model's multiply-adds, and how many each layer saves if it keeps only so much."""
+    names = names_in(model, keeps, caller)
     if not isinstance(inputs, (Tensor, tuple)):
         raise TypeError(
             f"{caller}: inputs must be a tensor or a tuple to call the model with, "
             f"found {type(inputs).__name__}."
         )
     whole = flops_by_module(model, inputs)
-    one_less = {layer: torch.arange(layer.units) < layer.units - 1 for layer in listed}
-    fewer = flops_by_module(slim_copy(model, one_less), inputs)
-    costs = [whole[name] - fewer[name] for name in names]
-    if sum(costs) != whole[""] - fewer[""]:  # one layer's module works inside another's
-        costs = [
+    fewer = flops_by_module(slim_copy(model, keeps), inputs)
+    saved = [whole[name] - fewer[name] for name in names]
+    if sum(saved) != whole[""] - fewer[""]:  # one layer's module works inside another's
+        saved = [
             whole[""] - flops_by_module(slim_copy(model, {layer: keep}), inputs)[""]
-            for layer, keep in one_less.items()
+            for layer, keep in keeps.items()
         ]
-    counted = [x._replace(multiply_adds=int(cost)) for x, cost in zip(listed, costs)]
-    return int(whole[""]), counted
+    return int(whole[""]), dict(zip(keeps, map(int, saved)))
 
 
 def names_in(model: nn.Module, layers: Iterable[UnitLayer], caller: str) -> list[str]:

@@ -3,7 +3,13 @@
 from torch_dimap.masking.amounts import amounts_by_group, check_amount, count_to_prune
 from torch_dimap.masking.attaching import all_or_nothing, attach, bake, snapshot
 from torch_dimap.masking.grouping import Rule, builtin_rule, group_parameters
-from torch_dimap.masking.layers import Layer, Pair, pruned_tensors, pruning_methods
+from torch_dimap.masking.layers import (
+    Layer,
+    Pair,
+    computed_by,
+    pruned_tensors,
+    pruning_methods,
+)
 from torch_dimap.masking.method import DimapUnstructured
 from torch_dimap.masking.pruning import (
     dimap_unstructured,
@@ -49,6 +55,7 @@ __all__ = [
     "check_amount",
     "check_layer",
     "check_values",
+    "computed_by",
     "count_to_prune",
     "dimap_unstructured",
     "find_layers",

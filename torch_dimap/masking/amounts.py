@@ -1,4 +1,4 @@
-"""How many weights an ``amount`` asks for, in torch's convention."""
+"""How many weights or units an ``amount`` asks for, in torch's convention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def check_amount(amount: Any, what: str) -> None:
     """Raise unless ``amount`` is an int >= 0 or a float in [0, 1]."""
     if isinstance(amount, bool) or not isinstance(amount, numbers.Real):
         raise TypeError(
-            f"{what} must be an int (a number of weights) or a float (a fraction of them), "
+            f"{what} must be an int (how many go) or a float (the fraction of them), "
             f"found {type(amount).__name__}."
         )
     if isinstance(amount, numbers.Integral):
@@ -20,17 +20,17 @@ def check_amount(amount: Any, what: str) -> None:
     elif not 0.0 <= float(amount) <= 1.0:  # NaN fails it too
         raise ValueError(
             f"{what} as a float must lie in [0, 1], found {amount}: "
-            "a number of weights is given as an int."
+            "a number is given as an int."
         )
 
 
 def count_to_prune(amount: Any, unpruned: int, what: str) -> int:
-    """Return how many of ``unpruned`` weights a checked ``amount`` stands for."""
+    """Return how many of ``unpruned`` weights or units a checked ``amount`` stands for."""
     if not isinstance(amount, numbers.Integral):
         return round(float(amount) * unpruned)
     if int(amount) > unpruned:
         raise ValueError(
-            f"{what} asks to prune {amount} weights, but only {unpruned} are unpruned: "
+            f"{what} asks to prune {amount}, but only {unpruned} are unpruned: "
             "lower it, or give a fraction."
         )
     return int(amount)
@@ -43,7 +43,7 @@ def amounts_by_group(amount: Any, unpruned: Mapping[str, int], what: str) -> dic
         amount: a float, the fraction of every group; a mapping, group -> amount; or an
             int, the total over all groups, shared out in proportion to ``unpruned``
             and exact in sum.
-        unpruned: group -> number of unpruned weights.
+        unpruned: group -> number of unpruned weights or units.
         what: the argument's name for messages.
 
     Returns:

@@ -8,6 +8,7 @@ from torch_dimap.units.grouping import (
     builtin_unit_rule,
     describe_units,
     group_units,
+    list_units,
     units_left_out,
 )
 from torch_dimap.units.masks import (
@@ -33,6 +34,7 @@ __all__ = [
     "describe_units",
     "global_module_aware_structured",
     "group_units",
+    "list_units",
     "mask_units",
     "plan_units",
     "remove_units",

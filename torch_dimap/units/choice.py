@@ -54,7 +54,8 @@ def choose_units(
             chosen -= 1
             break
         gone += end - start
-    if count - gone > max(layer.multiple for layer in layers) // 2:
+    whole = [_step(len(order), layer.multiple) for order, layer in zip(orders, layers)]
+    if count - gone > max(whole) // 2:
         raise ValueError(
             f"{count} units are to go, but only {gone} can where every layer keeps "
             f"{minimum} or more in whole multiples"
@@ -83,9 +84,13 @@ def _removal_order(layer: LayerScores) -> Tensor:
     return candidates[torch.argsort(layer.scores[candidates], stable=True)]
 
 
+def _step(units: int, multiple: int) -> int:
+    return multiple if units >= multiple else 1
+
+
 def _steps(units: int, minimum: int, multiple: int) -> list[tuple[int, int]]:
     """Cut the removal order of a layer into the steps that it may go."""
-    step = multiple if units >= multiple else 1
+    step = _step(units, multiple)
     least = -(-min(minimum, units) // step) * step
     kept = [units, *range((units - 1) // step * step, least - 1, -step)]
     return [(units - more, units - fewer) for more, fewer in zip(kept, kept[1:])]

@@ -125,3 +125,7 @@ class UnitLayer(NamedTuple):
         """Return one flag per unit: False where masks or zeros leave the reader nothing."""
         view, others = self.read.by_unit(self.read.values != 0)
         return view.any(others)
+
+    def staying(self, keep: Tensor) -> Tensor:
+        """Return what removal leaves of these flags: the first unit if one must stay."""
+        return keep if keep.any() or self.empty is not None else torch.arange(self.units) == 0

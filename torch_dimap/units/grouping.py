@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_dimap.masking import Place, builtin_rule, note_readers, survey
+from torch_dimap.masking import Place, builtin_rule, computed_by, note_readers, survey
 from torch_dimap.text import name_some, warn
 from torch_dimap.units.attentions import ATTENTIONS, REFUSED, SHARED
 from torch_dimap.units.description import HEADS, NEURONS, Attribute, Part, UnitLayer
@@ -92,6 +92,15 @@ def _reasons(model: nn.Module, rule: UnitRule | None, layers: list[UnitLayer]) -
 
 
 def describe_units(model: nn.Module, rule: UnitRule | None, caller: str) -> list[UnitLayer]:
+    """List a model's unit layers, ready to be masked or cut, and refuse tied tensors."""
+    layers, places = list_units(model, rule, caller), survey(model)
+    _refuse_ties(places, layers, caller)
+    for module in {part.module: None for layer in layers for part in layer.parts}:
+        note_readers(module, places[module].readers)
+    return layers
+
+
+def list_units(model: nn.Module, rule: UnitRule | None, caller: str) -> list[UnitLayer]:
     """List a model's unit layers, also those whose units could not be removed exactly."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be an nn.Module, found {type(model).__name__}.")
@@ -105,11 +114,7 @@ def describe_units(model: nn.Module, rule: UnitRule | None, caller: str) -> list
                     f"for {place.name}."
                 )
             layers.append(layer)
-    layers = list(_with_shared(layers, places))
-    _refuse_ties(places, layers, caller)
-    for module in {part.module: None for layer in layers for part in layer.parts}:
-        note_readers(module, places[module].readers)
-    return layers
+    return list(_with_shared(layers, places))
 
 
 def builtin_unit_rule(qualified_name: str, module: nn.Module) -> Iterator[UnitLayer]:
@@ -131,7 +136,8 @@ def builtin_unit_rule(qualified_name: str, module: nn.Module) -> Iterator[UnitLa
         reader = attrgetter(row.reader)(module)
         # What stays dense in unstructured pruning (pooling heads, MLPs that make a position
         # bias) stays whole.
-        if builtin_rule(f"{qualified_name}.{row.reader}", reader, "weight"):
+        stays_dense = not builtin_rule(f"{qualified_name}.{row.reader}", reader, "weight")
+        if not stays_dense and not _is_foreign(reader):
             layer = _describe(qualified_name, kind, module, row)
             if layer.units:
                 yield layer
@@ -166,6 +172,9 @@ def _describe(name: str, kind: str, module: nn.Module, row: Row) -> UnitLayer:
         elif between is not None and not isinstance(between, nn.Identity):
             obstacles.append(f"{path} mixes them")
     for path, dim, blocks, masked in held:
+        if _is_foreign(_find(module, path)):
+            obstacles.append(f"{path} is wrapped, or its weight is computed")
+            continue
         for part in _tensors(module, path):
             entries, rest = divmod(part.tensor.shape[dim], blocks * max(1, units))
             if rest:
@@ -179,9 +188,12 @@ def _describe(name: str, kind: str, module: nn.Module, row: Row) -> UnitLayer:
         attributes.append(found)
         if found.number != per_unit * units:
             obstacles.append(f"{path} is {found.number}, not {per_unit} x {units}")
+    # The forwards of emptied layers are for channels that come last, and torch's convolution
+    # of no channels returns none.
+    channels, empty = (1, None) if isinstance(reader, nn.Conv2d) else (-1, row.empty)
     return UnitLayer(
         name, kind, units, module, tuple(parts), tuple(attributes), reader,
-        1 if isinstance(reader, nn.Conv2d) else -1, row.forward, row.empty, "; ".join(obstacles),
+        channels, row.forward, empty, "; ".join(obstacles),
     )  # fmt: skip
 
 
@@ -191,6 +203,13 @@ def _find(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         found = getattr(found, name, None)
     return found
+
+
+def _is_foreign(layer: Any) -> bool:
+    """Tell a layer whose weight is held or made by something else: LoRA, a parametrization."""
+    if not isinstance(layer, nn.Module) or getattr(layer, "weight", None) is None:
+        return False
+    return "weight" not in _tensor_names(layer) or computed_by(layer, "weight") is not None
 
 
 def _tensors(module: nn.Module, path: str) -> Iterator[Part]:
@@ -262,5 +281,9 @@ def _why(name: str, kind: str, modules: dict[str, nn.Module]) -> str:
         reason = REFUSED.get(forward_class(module))
         if reason:
             return f"the {kind} of {type(module).__name__}: {reason}"
+    rows = ATTENTIONS if kind == HEADS else MLPS
+    wrapped = next((modules[x] for x in holders if forward_class(modules[x]) in rows), None)
+    if wrapped is not None:
+        return f"the {kind} of {type(wrapped).__name__}, whose layers are wrapped or computed"
     parent = type(modules[holders[0] if holders else ""]).__name__
     return f"the {kind} of {parent}, a class that is not known"

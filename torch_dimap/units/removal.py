@@ -55,7 +55,7 @@ def remove_units(model: nn.Module, rule: UnitRule | None = None) -> nn.Module:
         ``model``.
 
     Raises:
-        TypeError: if ``model`` is no module.
+        TypeError: if ``model`` is no module, or wrapped by ``DistributedDataParallel``.
         ValueError: if a tensor that holds units is tied to another.
         RuntimeError: if units are dead in a layer that mixes them, as a norm over its
             neurons does: without them its outputs would be others. Or if an earlier
@@ -73,9 +73,14 @@ def remove_units(model: nn.Module, rule: UnitRule | None = None) -> nn.Module:
         >>> sum(block.attn.num_heads for block in vit.blocks)
         3
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            f"{CALL}: model must be a plain module, found a DistributedDataParallel, which would "
+            "not average the gradients of new parameters: pass model.module, and wrap it anew."
+        )
     layers = describe_units(model, rule, CALL)
     deque(pruned_tensors(model, CALL), maxlen=0)  # all are sound, or nothing changes
-    keeps = {layer: keep for layer in layers if not (keep := layer.alive()).all()}
+    keeps = {x: keep for x in layers if not (keep := x.staying(x.alive())).all()}
     obstacles = [f"{layer.name} ({layer.obstacle})" for layer in keeps if layer.obstacle]
     if obstacles:
         raise RuntimeError(
@@ -97,8 +102,7 @@ def cut_units(keeps: Mapping[UnitLayer, Tensor]) -> None:
     """
     planned = []
     for layer, keep in keeps.items():
-        if layer.empty is None and not keep.any():
-            keep = torch.arange(layer.units) == 0
+        keep = layer.staying(keep)
         planned.append((layer, keep, [_cut(part, keep) for part in layer.parts]))
     for layer, keep, cuts in planned:
         for cut in cuts:
