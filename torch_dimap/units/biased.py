@@ -32,6 +32,8 @@ class BiasedAttention(Attention):
 
 
 class BeitAttention(BiasedAttention):
+    """BEiT's, whose relative positions go by a table of its own or a shared one."""
+
     relative_position_bias_table: Tensor | None
     _get_rel_pos_bias: Any
 
@@ -45,6 +47,8 @@ class BeitAttention(BiasedAttention):
 
 
 class EvaAttention(BiasedAttention):
+    """EVA-02's, whose positions are rotated in, but for those of prefix tokens."""
+
     num_prefix_tokens: int
     rotate_half: bool
     q_proj: nn.Module

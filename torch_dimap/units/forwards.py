@@ -78,6 +78,8 @@ class SelfAttention(Attention):
 
 
 class DaVitWindowAttention(Attention):
+    """DaViT's attention inside windows."""
+
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (split(y, self.num_heads) for y in self.qkv(x).chunk(3, -1))
         return self.proj(merge(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
@@ -106,6 +108,8 @@ class ViTAttention(Attention):
 
 
 class RelPosAttention(Attention):
+    """timm's ViT attention with relative positions."""
+
     q_norm: nn.Module
     k_norm: nn.Module
     rel_pos: Any

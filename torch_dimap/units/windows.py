@@ -62,6 +62,8 @@ def cosine_attention(q: Tensor, k: Tensor, logit_scale: Tensor) -> Tensor:
 
 
 class SwinV2Attention(BiasedAttention):
+    """SwinV2's cosine attention, one scale and one bias for each head."""
+
     logit_scale: Tensor
     cpb_mlp: nn.Module
     relative_coords_table: Tensor
@@ -76,6 +78,8 @@ class SwinV2Attention(BiasedAttention):
 
 
 class SwinV2CrAttention(Attention):
+    """The cosine attention of timm's second SwinV2."""
+
     logit_scale: Tensor
     _relative_positional_encodings: Any
 
@@ -140,6 +144,8 @@ class ShiftedWindowAttention(nn.Module):
 
 
 class ShiftedWindowAttentionV2(ShiftedWindowAttention):
+    """torchvision's SwinV2 attention."""
+
     logit_scale: Tensor
 
     def make_qkv(self, x: Tensor) -> Tensor:
