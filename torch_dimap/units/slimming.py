@@ -10,8 +10,13 @@ from torch import nn
 
 def slim_class(original: type[nn.Module], forward: Any) -> type[nn.Module]:
     """Return a class that is the original one in all but its forward."""
-    base = next(kind for kind in original.__mro__ if not is_ours(kind))
-    return _joined(base, forward)
+    return _joined(original_class(original), forward)
+
+
+def original_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class whose forward, or part of it, :func:`slim_class` has replaced."""
+    package = __name__.partition(".")[0]
+    return next(base for base in kind.__mro__ if base.__module__.partition(".")[0] != package)
 
 
 def is_ours(kind: type) -> bool:

@@ -1,0 +1,44 @@
+"""What may stand in an attention's place? Convolutions made of its weights, or nothing."""
+
+from torch_dimap.operations.modules import (
+    TAPS,
+    Operation,
+    PlainConvolution,
+    SharedConvolution,
+    Skip,
+    on_map,
+    refuse_mask,
+)
+from torch_dimap.operations.replacing import (
+    OPERATIONS,
+    collapse_convolutions,
+    default_temperature,
+    operations_in,
+    plain_operation,
+    put,
+    replace_attentions,
+)
+from torch_dimap.operations.sites import Site, find_sites
+from torch_dimap.operations.weights import convolve, head_shares, mix_heads
+
+__all__ = [
+    "OPERATIONS",
+    "TAPS",
+    "Operation",
+    "PlainConvolution",
+    "SharedConvolution",
+    "Site",
+    "Skip",
+    "collapse_convolutions",
+    "convolve",
+    "default_temperature",
+    "find_sites",
+    "head_shares",
+    "mix_heads",
+    "on_map",
+    "operations_in",
+    "plain_operation",
+    "put",
+    "refuse_mask",
+    "replace_attentions",
+]
