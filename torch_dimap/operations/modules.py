@@ -41,7 +41,7 @@ def on_map(
     return torch.cat([prefix, done], dim=1) if prefix_tokens else done
 
 
-def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+def refuse_mask(attn_mask: Tensor | None = None, is_causal: bool = False) -> None:
     """Raise if tokens are to be hidden, which only attentions can do."""
     if attn_mask is not None or is_causal:
         raise ValueError(

@@ -69,7 +69,7 @@ def replace_attentions(
         TypeError, ValueError: for other models or attentions, unknown names or operations,
             attentions that were replaced before, or a ``skip`` or ``temperature`` out of
             range.
-        RuntimeError: if tensors are pruned.
+        RuntimeError: if attentions are pruned.
 
     Source: He et al., TPAMI 2024, arXiv 2111.11802.
 

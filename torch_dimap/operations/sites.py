@@ -61,7 +61,7 @@ def find_sites(model: nn.Module, caller: str) -> list[Site]:
     Raises:
         TypeError: if ``model`` is no module.
         ValueError: for models and attentions that are not known.
-        RuntimeError: if tensors are pruned.
+        RuntimeError: if attentions are pruned.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be an nn.Module, found {type(model).__name__}.")
@@ -72,12 +72,6 @@ def find_sites(model: nn.Module, caller: str) -> list[Site]:
             f"{caller}: model must be one of timm's ViTs (vit_*, deit_*) or Swins (swin_*), which "
             f"give their blocks a map of patches, found {type(model).__name__}: pass the model "
             "itself, without wrappers."
-        )
-    pruned = [layer.label for layer in pruned_tensors(model, caller)]
-    if pruned:
-        raise RuntimeError(
-            f"{caller}: the model must have no masks, found some on {name_some(pruned)}: call "
-            "remove_all(model) first."
         )
     blocks = {
         name: module for name, module in model.named_modules()
@@ -93,6 +87,13 @@ def find_sites(model: nn.Module, caller: str) -> list[Site]:
         raise ValueError(
             f"{caller}: expected blocks with attentions of {known[1].rpartition('.')[2]} alone, "
             f"found {name_some(wrong) or 'no block'}: such models keep their attentions."
+        )
+    places = tuple(f"{name}.attn." for name in blocks)
+    pruned = [x.label for x in pruned_tensors(model, caller) if x.label.startswith(places)]
+    if pruned:
+        raise RuntimeError(
+            f"{caller}: attentions must have no masks, found some on {name_some(pruned)}: call "
+            "remove_all(model) first."
         )
     return [_site(f"{name}.attn", block, model) for name, block in blocks.items()]
 

@@ -1,0 +1,317 @@
+"""SPViT: which attentions become convolutions or go, and which neurons stay, by training.
+
+Source: He et al., "Pruning Self-attentions into Convolutional Layers in Single Path", TPAMI
+2024, arXiv 2111.11802. What differs from the authors' code is told in ``docs/spvit.md``.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torch_dimap.learning.held_cost import HeldCost, stands_still
+from torch_dimap.learning.single_path_attention import (
+    SinglePathAttention,
+    SinglePathBlock,
+    decided_gates,
+    nested,
+    sample_gates,
+)
+from torch_dimap.learning.single_path_costs import single_path_costs
+from torch_dimap.masking import all_or_nothing
+from torch_dimap.operations import (
+    SharedConvolution,
+    Site,
+    default_temperature,
+    find_sites,
+    replace_attentions,
+)
+from torch_dimap.text import name_some
+from torch_dimap.units import UnitLayer, list_units, mask_units, original_class, slim_class
+
+GATES = "gate_logits"
+
+
+class SinglePath(NamedTuple):
+    """What a search has chosen.
+
+    Attributes:
+        operations: name of an attention -> ``"attention"``, ``"conv3"``, ``"conv1"`` or
+            ``"skip"``, in the order of blocks.
+        neurons: name of an MLP -> one flag per neuron, True for what stays.
+        flops: multiply-adds for one image, as :func:`single_path_flops` counts them.
+        share: the same as a share of the dense model's.
+    """
+
+    operations: dict[str, str]
+    neurons: dict[str, Tensor]
+    flops: int
+    share: float
+
+
+class SinglePathSearch:
+    """Gates on the attentions and neurons of a model, trained with it under one cost.
+
+    Each attention gets three nested gates (at least a 1x1 convolution, at least a 3x3 one,
+    attention) and each neuron one, all 0 or 1 and drawn anew in every training forward.
+    The convolutions are made of the attention's own weights. Train the model as usual,
+    with :meth:`penalty` added to the loss and the gates in an optimizer of their own:
+
+        search = SinglePathSearch(model, target=0.6, steps=epochs * len(loader))
+        weights = torch.optim.AdamW(search.weights(), lr=1e-4, weight_decay=0.05)
+        gates = torch.optim.AdamW(search.gates(), lr=1e-3, weight_decay=0.0)
+        for images, labels in loader:
+            loss = criterion(model(images), labels) + search.penalty()
+            ...                          # backward, a step of both optimizers
+            search.update()
+        choices = search.finish()        # the model is what was found; fine-tune it
+
+    In evaluation the model runs what the gates have decided so far. The gates and batch
+    norms are the model's own parameters until :meth:`finish` or :meth:`remove`, so DDP
+    and state dicts have them.
+
+    Args:
+        model: one of timm's ViTs or Swins, without masks; changed in place.
+        target: the share of the dense model's multiply-adds to come down to, in (0, 1).
+        steps: how many updates the search will make. What is aimed at comes down from 1 to
+            the target over the first half of them, so that no gates close which would have
+            to be opened again.
+        weight: None holds the cost at what is aimed at, by a multiplier: see
+            :class:`HeldCost`. A number is the authors' way: the fixed weight of the squared
+            distance to the target, which is aimed at from the beginning, as shares of the
+            dense cost. Theirs is per thousand million multiply-adds: multiply it by the
+            square of the dense model's.
+        temperature: of the softmax over heads; by default the authors', 0.01 for ViTs and
+            100 for Swins.
+        initial: the gates' first logits; 1.5 lets 82 of 100 be open.
+
+    Raises:
+        TypeError, ValueError: for other models or attentions, blocks without an MLP whose
+            neurons can go, a target below what is left when all is gone (the message names
+            it), or numbers out of range.
+        RuntimeError: if attentions are pruned.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: float,
+        steps: int,
+        weight: float | None = None,
+        temperature: float | None = None,
+        initial: float = 1.5,
+    ) -> None:
+        caller = "SinglePathSearch()"
+        self.model = model
+        self.target = target
+        self.steps = steps
+        self.weight = weight
+        self.done = 0  # updates
+        self._held = HeldCost(target, beta=40.0, eta=0.2)
+        self._costs = single_path_costs(model, caller)
+        sites = find_sites(model, caller)
+        self._mlps = _mlps(model, sites, caller)
+        lowest = self._costs.fixed / self._costs.dense
+        if target < lowest:
+            raise ValueError(
+                f"{caller}: target must be at least {lowest:.4f}, which is left when all "
+                f"attentions and neurons are gone, found {target}: raise it."
+            )
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"{caller}: steps must be an int of 1 or more, found {steps!r}.")
+        for name, number in (("weight", weight), ("temperature", temperature)):
+            if number is not None and not (_is_number(number) and number > 0):
+                raise ValueError(f"{caller}: {name} must be greater than 0, found {number!r}.")
+        if not _is_number(initial) or initial <= 0:
+            raise ValueError(
+                f"{caller}: initial must be greater than 0, so that gates are open at first, "
+                f"found {initial!r}."
+            )
+        self._attentions: dict[str, SinglePathAttention] = {}
+        self._handles: list[Any] = []
+        readers = [layer.reader for layer in self._mlps.values()]
+        with all_or_nothing([*(site.block for site in sites), *readers]):
+            for site in sites:
+                cold = default_temperature(site) if temperature is None else temperature
+                self._attentions[site.name] = made = SinglePathAttention(site, cold, initial)
+                site.block.attn = made
+                if site.window is not None:
+                    site.block.__class__ = slim_class(type(site.block), SinglePathBlock)
+            for layer in self._mlps.values():
+                device = layer.read.tensor.device
+                logits = nn.Parameter(torch.full((layer.units,), float(initial), device=device))
+                layer.reader.register_parameter(GATES, logits)
+                self._handles.append(layer.reader.register_forward_pre_hook(_gate_neurons))
+
+    def gates(self) -> list[nn.Parameter]:
+        """Return the gates' logits, for an optimizer of their own, without weight decay."""
+        return [x for name, x in self.model.named_parameters() if _is_gate(name)]
+
+    def weights(self) -> list[nn.Parameter]:
+        """Return all other parameters of the model."""
+        return [x for name, x in self.model.named_parameters() if not _is_gate(name)]
+
+    def share(self) -> Tensor:
+        """Return the cost of what the gates have decided, as a share of the dense model's.
+
+        A scalar; its gradient reaches the logits.
+        """
+        operations = torch.stack([
+            nested(decided_gates(x.gate_logits)) for x in self._attentions.values()
+        ]).double()  # fmt: skip
+        neurons = [
+            decided_gates(getattr(layer.reader, GATES)).double().sum()
+            for layer in self._mlps.values()
+        ]
+        return self._costs.total(operations, torch.stack(neurons)) / self._costs.dense
+
+    def penalty(self) -> Tensor:
+        """Return what is to be added to the loss, a scalar."""
+        share = self.share()
+        if self.weight is not None:
+            return (self.weight * (share - self.target) ** 2).float()
+        way = min(1.0, 2 * self.done / self.steps)
+        self._held.target = 1 - way * (1 - self.target)
+        return self._held.penalty(share).float()
+
+    def update(self) -> None:
+        """Tell that a step is done: the multiplier moves where the target is missed."""
+        self.done += 1
+        with torch.no_grad():
+            self._held.update(float(self.share()))
+
+    def stands_still(self) -> bool:
+        """Tell whether the cost stays at the target, or with a fixed ``weight`` anywhere."""
+        held = self._held
+        if self.weight is None:
+            return 2 * self.done > self.steps and held.stands_still()
+        return stands_still(held.shares, held.shares.maxlen or 1, held.tolerance)
+
+    def choices(self) -> SinglePath:
+        """Return what the gates have decided so far."""
+        operations = {name: x.decision() for name, x in self._attentions.items()}
+        neurons = {
+            name: (getattr(layer.reader, GATES).detach() > 0).cpu()
+            for name, layer in self._mlps.items()
+        }
+        counts = [int(keep.sum()) for keep in neurons.values()]
+        flops = self._costs.total(list(operations.values()), counts)
+        return SinglePath(operations, neurons, flops, flops / self._costs.dense)
+
+    def remove(self) -> nn.Module:
+        """Take all gates away: the model has its attentions and neurons, as trained so far."""
+        for name, made in self._attentions.items():
+            block = self.model.get_submodule(name.rpartition(".")[0])
+            block.attn = made.attention
+            block.__class__ = original_class(type(block))
+        for handle in self._handles:
+            handle.remove()
+        for layer in self._mlps.values():
+            layer.reader._parameters.pop(GATES, None)
+        self._handles = []
+        return self.model
+
+    def finish(self, skip: str = "zero") -> SinglePath:
+        """Make the model what was found, with the weights that the search has trained.
+
+        Neurons that go are masked by torch's own mechanism, and attentions are replaced,
+        as :func:`apply_single_path` does it, which see. Convolutions go on with the shares
+        of heads and the batch norms that were trained.
+        """
+        choices = self.choices()
+        self.remove()
+        apply_single_path(self.model, choices, skip)
+        for name, trained in self._attentions.items():
+            made = self.model.get_submodule(name)
+            if isinstance(made, SharedConvolution):
+                made.temperature = trained.temperature
+                trained.hand_over(made)
+        return choices
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is not in the model's state dict, for a file."""
+        return {"done": self.done, "held": self._held.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self.done = state["done"]
+        self._held.load_state_dict(state["held"])
+
+
+def apply_single_path(
+    model: nn.Module,
+    choices: SinglePath,
+    skip: str = "zero",
+    temperature: float | None = None,
+) -> nn.Module:
+    """Make a dense model what a search has chosen, ready to be fine-tuned.
+
+    Attentions are replaced as by :func:`replace_attentions`, and the neurons that go are
+    masked, by torch's own mechanism. Then train; at the end ``remove_units(model)`` cuts
+    the neurons out and :func:`collapse_convolutions` makes plain convolutions.
+
+    Args:
+        model: a dense model of the same architecture, with the weights to start from: the
+            original ones, as the authors do. It is changed in place.
+        choices: what :meth:`SinglePathSearch.choices` or ``finish`` returned.
+        skip: as in :func:`replace_attentions`.
+        temperature: as there.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        As :func:`replace_attentions`; and ValueError if the model has other MLPs.
+    """
+    caller = "apply_single_path()"
+    sites = find_sites(model, caller)
+    layers = _mlps(model, sites, caller)
+    wrong = [
+        name for name in layers.keys() | choices.neurons.keys()
+        if name not in layers or name not in choices.neurons
+        or layers[name].units != len(choices.neurons[name])
+    ]  # fmt: skip
+    if wrong:
+        raise ValueError(
+            f"{caller}: choices must be for the MLPs of the model, found {name_some(wrong)} in "
+            "one of them only or of another width: build the model that was searched."
+        )
+    going = {name: layer for name, layer in layers.items() if not choices.neurons[name].all()}
+    with all_or_nothing([site.block for site in sites]):
+        replace_attentions(model, choices.operations, skip, temperature)
+        if going:
+            keeps = [choices.neurons[name] for name in going]
+            mask_units({"neurons": list(going.values())}, {"neurons": keeps}, caller)
+    return model
+
+
+def _mlps(model: nn.Module, sites: list[Site], caller: str) -> dict[str, UnitLayer]:
+    """Return the unit layers of the blocks' MLPs, in the order of blocks."""
+    layers = {x.name: x for x in list_units(model, None, caller) if x.kind == "neurons"}
+    names = [f"{site.name.rpartition('.')[0]}.mlp" for site in sites]
+    wrong = [name for name in names if name not in layers or layers[name].obstacle]
+    if wrong:
+        raise ValueError(
+            f"{caller}: expected an MLP whose neurons can go in every block, found none in "
+            f"{name_some(wrong)}."
+        )
+    return {name: layers[name] for name in names}
+
+
+def _gate_neurons(reader: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Multiply what an MLP's last layer takes in by the gates that it carries."""
+    logits = getattr(reader, GATES)
+    gates = sample_gates(logits) if reader.training else logits.detach() > 0
+    return (inputs[0] * gates.to(inputs[0].dtype), *inputs[1:])
+
+
+def _is_gate(name: str) -> bool:
+    return name.rpartition(".")[2] == GATES
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value
