@@ -8,6 +8,7 @@ Whole heads and neurons: :func:`group_units`, :func:`global_module_aware_structu
 :func:`remove_units`.
 """
 
+from torch_dimap import learning
 from torch_dimap.accounting import (
     Budget,
     FlopCount,
@@ -66,6 +67,7 @@ __all__ = [
     "group_parameters",
     "group_units",
     "hold_masks",
+    "learning",
     "load_pruned",
     "plot_density",
     "plot_histograms",

@@ -52,8 +52,9 @@ class Part(NamedTuple):
         return view, tuple(i for i in range(view.dim()) if i != self.dim + 1)
 
     def along(self, values: Tensor) -> Tensor:
-        """Spread one value per unit over the entries of the part's dimension."""
-        return values.repeat_interleave(self.entries).repeat(self.blocks)
+        """Spread values, one per unit in their last dimension, over the part's entries."""
+        spread = values.repeat_interleave(self.entries, dim=-1)
+        return spread if self.blocks == 1 else torch.cat([spread] * self.blocks, dim=-1)
 
 
 class Attribute(NamedTuple):

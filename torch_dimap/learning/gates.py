@@ -1,0 +1,118 @@
+"""Gates on units: factors that multiply what a unit hands on, where its reader takes it in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_dimap.masking import known_readers
+from torch_dimap.text import name_some
+from torch_dimap.units import UnitLayer
+
+# Called in every forward: a factor for each unit, (units,), or for each image and unit,
+# (images, units).
+Gates = Callable[[], Tensor]
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hard: Tensor, soft: Tensor) -> Tensor:
+        return hard.to(soft.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return None, gradients[0]
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """Return the hard values, with the gradient of the soft ones.
+
+    The values are exactly those of ``hard``; ``hard + soft - soft.detach()`` would round.
+
+    Args:
+        hard: what the forward sees, such as 0 and 1; of any dtype.
+        soft: of the same shape: what gets the gradient.
+
+    Returns:
+        A tensor of the dtype of ``soft``.
+
+    Example:
+        >>> soft = torch.tensor([0.2, 0.7], requires_grad=True)
+        >>> hard = straight_through(soft > 0.5, soft)
+        >>> (hard * torch.tensor([3.0, 4.0])).sum().backward()
+        >>> hard.tolist(), soft.grad.tolist()
+        ([0.0, 1.0], [3.0, 4.0])
+    """
+    return _StraightThrough.apply(hard, soft)
+
+
+@contextlib.contextmanager
+def gated(gates: Mapping[UnitLayer, Gates], caller: str = "gated()") -> Iterator[None]:
+    """Multiply the units of layers by gates in every forward inside the ``with`` block.
+
+    Forward pre-hooks on the readers, and nothing else: no module is replaced, and whatever
+    happens inside, the hooks are gone afterwards.
+
+    Args:
+        gates: unit layer, of :func:`torch_dimap.group_units` -> what returns its gates:
+            a tensor of one factor per unit, or of one row of them for each image of the
+            batch. A row serves all windows that an image is cut into.
+        caller: whom an error names.
+
+    Raises:
+        ValueError: if a layer's reader is read without being called, so that no hook of
+            its would run.
+
+    Example:
+        >>> import timm, torch, torch_dimap
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=1).eval()
+        >>> heads = torch_dimap.group_units(vit)["heads"][0]
+        >>> image = torch.randn(1, 3, 224, 224)
+        >>> with gated({heads: lambda: torch.ones(3)}):
+        ...     ones = vit(image)
+        >>> torch.equal(ones, vit(image))
+        True
+    """
+    uncalled = [layer.name for layer in gates if known_readers([layer.reader])]
+    if uncalled:
+        raise ValueError(
+            f"{caller}: expected layers whose readers the model calls, found some that it only "
+            f"reads, {name_some(uncalled)}: no hook runs there, leave these layers out."
+        )
+    handles = []
+    try:
+        for layer, gate in gates.items():
+            handles.append(layer.reader.register_forward_pre_hook(_hook(layer, gate, caller)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(layer: UnitLayer, gate: Gates, caller: str) -> Callable[[nn.Module, Any], Any]:
+    def multiply(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (apply_gates(layer, inputs[0], gate(), caller), *inputs[1:])
+
+    return multiply
+
+
+def apply_gates(layer: UnitLayer, x: Tensor, gates: Tensor, caller: str) -> Tensor:
+    """Multiply the input of a layer's reader by gates, (units,) or (images, units)."""
+    spread = layer.read.along(gates).to(x.dtype)
+    shape = [1] * x.dim()
+    shape[layer.channels] = -1
+    if spread.dim() == 2:
+        windows, rest = divmod(len(x), len(spread))
+        if rest:
+            raise ValueError(
+                f"{caller}: gates must be for the images of the batch, found {len(spread)} rows "
+                f"in front of {layer.name}, which takes in {len(x)} images or windows: pass one "
+                "row for each image."
+            )
+        spread = spread.repeat_interleave(windows, dim=0)
+        shape[0] = len(spread)
+    return x * spread.view(shape)
