@@ -21,19 +21,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from images import (
     AUGMENTATIONS,
     add_data_arguments,
-    count_correct,
     open_splits,
     set_transforms,
-    test_loader,
     training_loader,
     unlabelled_batches,
 )
@@ -47,6 +43,7 @@ from models import (
     whole_or_not_at_all,
 )
 from provenance import provenance, write_csv
+from resuming import claim_new, kept_options, read_state
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -54,13 +51,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from training import (
     Training,
     set_seeds,
+    run_epoch,
     start_processes,
-    sum_over_processes,
-    train_epoch,
     updates_per_epoch,
 )
 
@@ -123,34 +118,6 @@ def parse() -> argparse.Namespace:
     if options.augmentation == "swin" and options.batch_size % 2:
         parser.error(f"--batch-size must be even for mixup, found {options.batch_size}")
     return options
-
-
-def claim_output(options: argparse.Namespace) -> dict[str, Any] | None:
-    """Return the state to resume from, if any; refuse a folder that holds another run."""
-    last = options.output / "last.pth"
-    if not options.resume:
-        if options.output.exists() and (
-            not options.output.is_dir() or any(options.output.iterdir())
-        ):
-            fail(f"{options.output} is not an empty folder: choose another, or --resume.")
-        return None
-    if not last.is_file():
-        fail(f"--resume: there is no file {last}.")
-    try:
-        state = torch.load(last, map_location="cpu", weights_only=True)
-        before = state["options"]
-    except Exception as error:  # a damaged or a foreign file raises many kinds
-        fail(f"--resume: {last} must be written by this script: {str(error).splitlines()[0]}")
-    now = kept_options(options)
-    changed = [f"--{key.replace('_', '-')}" for key in now if now[key] != before.get(key)]
-    if changed:
-        fail(f"--resume: {last} was made with other values of {', '.join(sorted(changed))}.")
-    return state
-
-
-def kept_options(options: argparse.Namespace) -> dict[str, Any]:
-    values = {key: value for key, value in vars(options).items() if key not in FREE}
-    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
 def pruning_rounds(options: argparse.Namespace) -> dict[int, float]:
@@ -248,14 +215,18 @@ def save(training: Training, options: argparse.Namespace) -> None:
     """Write the state, then the log that it holds."""
     options.output.mkdir(parents=True, exist_ok=True)
     with whole_or_not_at_all(options.output / "last.pth") as file:
-        torch.save({**training.state_dict(), "options": kept_options(options)}, file)
+        torch.save({**training.state_dict(), "options": kept_options(options, FREE)}, file)
     with whole_or_not_at_all(options.output / "log.csv", "w") as file:
         write_csv(training.log, file)
 
 
 def run(options: argparse.Namespace) -> None:
     rank, world = start_processes(options)
-    state = claim_output(options)
+    state = None
+    if options.resume:
+        state = read_state(options.output / "last.pth", options, FREE)
+    else:
+        claim_new(options.output)
     train, test, classes = open_splits(options)
     model = build(options, classes, state)
     set_transforms(train, test, model, options, options.augmentation, options.scale)
@@ -280,31 +251,22 @@ def run(options: argparse.Namespace) -> None:
         epoch = training.epochs_done
         if epoch in rounds and epoch > 0:
             prune_alike(model, rounds[epoch], options, epoch)
-        set_seeds(options.seed, epoch, rank)
-        loader.sampler.set_epoch(epoch)
-        images = updates_per_epoch(loader, options) * options.accumulate * options.batch_size
-        bar = tqdm(total=images * world, unit=" images", disable=rank > 0, leave=False,
-                   desc=f"epoch {epoch + 1}/{options.epochs}, top-1 {top1:.2f}")  # fmt: skip
-        start = time.perf_counter()
-        with bar:
-            loss = train_epoch(training, forward, loader, options, mixup, bar)
-        seconds = time.perf_counter() - start
-        correct = count_correct(training.tested, test_loader(test, options, rank, world), options)
-        loss, correct = sum_over_processes(loss / world, correct)
-        top1 = 100 * correct / len(test)
+        loss, top1, speed = run_epoch(
+            training, forward, loader, test, options, mixup,
+            f"epoch {epoch + 1}/{options.epochs}, top-1 {top1:.2f}",
+        )  # fmt: skip
         gone = sum(int((mask == 0).sum()) for mask in masks(model).values())
-        training.epochs_done += 1
         training.log.append({
             "method": options.method if options.amount else "dense", "amount": options.amount,
             "reconstruct": options.reconstruct,
             "seed": options.seed, "epoch": epoch + 1, "loss": loss, "top1": top1, "zeros": gone,
             "lr": training.optimizer.param_groups[0]["lr"],
-            "images_per_second": round(images * world / seconds, 1), **about,
+            "images_per_second": round(speed, 1), **about,
         })  # fmt: skip
         if rank == 0:
             save(training, options)
             print(f"epoch {epoch + 1}/{options.epochs}: loss {loss:.4f}, top-1 {top1:.2f} %, "
-                  f"{images * world / seconds:.0f} images/s", flush=True)  # fmt: skip
+                  f"{speed:.0f} images/s", flush=True)  # fmt: skip
     if rank == 0:
         save_model(torch_dimap.remove_all(training.tested), options.output / "model.safetensors")
         print(f"top-1 {top1:.2f} %; baked model: {options.output / 'model.safetensors'}")

@@ -13,11 +13,13 @@ import torch
 from models import fail
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.datasets import ImageFolder
 
+DIGITS = "digits"  # in place of a folder
 AMP = {"none": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUGMENTATIONS = {
     "swin": {  # colour jitter, AutoAugment, random erasing; mixup and CutMix come by batch
@@ -34,7 +36,8 @@ AUGMENTATIONS = {
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", required=True, metavar="DIR",
-        help="an image folder, DIR/SPLIT/CLASS/IMAGE; with --dataset, where that is kept")
+        help="an image folder, DIR/SPLIT/CLASS/IMAGE; with --dataset, where that is kept; or "
+        "digits, the handwritten ones that come with scikit-learn")
     add("--dataset", metavar="NAME",
         help="a timm data set, such as torch/cifar10 or hfds/ORG/NAME, instead of a folder")
     add("--train-split", default="train", metavar="SPLIT", help="(default: train)")
@@ -63,6 +66,33 @@ def read_image(path: str) -> Image.Image:
         raise OSError(f"cannot read the image {path}: {error}") from error
 
 
+class Digits(Dataset):
+    """A part of scikit-learn's 1797 handwritten digits of 8 x 8: nothing is downloaded."""
+
+    classes = [str(digit) for digit in range(10)]
+    class_to_idx = {name: i for i, name in enumerate(classes)}
+    transform: Callable
+
+    def __init__(self, train: bool) -> None:
+        digits = load_digits()
+        parts = train_test_split(
+            digits.images, digits.target, test_size=0.3, random_state=0, stratify=digits.target
+        )
+        self.images = [grey_picture(image) for image in parts[0 if train else 1]]
+        self.targets = parts[2 if train else 3].tolist()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[i]), self.targets[i]
+
+
+def grey_picture(pixels: np.ndarray) -> Image.Image:
+    """Make a picture of pixels between 0 and 16."""
+    return Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB")
+
+
 def open_split(options: argparse.Namespace, split: str) -> Dataset:
     """Return a split of the data that the command line names, or say what is wrong with it."""
     if options.dataset:
@@ -70,6 +100,8 @@ def open_split(options: argparse.Namespace, split: str) -> Dataset:
             return timm.data.create_dataset(options.dataset, root=options.data, split=split)
         except Exception as error:  # each kind of data set raises its own
             fail(f"cannot open the split {split!r} of {options.dataset}: {error}")
+    if options.data == DIGITS:
+        return Digits(train=split == options.train_split)
     folder = Path(options.data, split)
     if not folder.is_dir():
         found = sorted(p.name for p in Path(options.data).glob("*/"))
@@ -94,6 +126,17 @@ def open_splits(options: argparse.Namespace) -> tuple[Dataset, Dataset, int]:
             f"found {len(classes[0])} and {len(classes[1])}; in one alone: {', '.join(odd)}."
         )
     return train, test, len(classes[0])
+
+
+def only_classes(data: Dataset, classes: list[int]) -> Dataset:
+    """Return the images of some classes."""
+    targets = getattr(data, "targets", None)
+    if targets is None:
+        fail("--classes needs a data set that lists its labels: write it as an image folder.")
+    wrong = sorted(set(classes) - set(targets))
+    if wrong:
+        fail(f"--classes must be among the {len(set(targets))} of the data, found {wrong[0]}.")
+    return Subset(data, [i for i, target in enumerate(targets) if target in set(classes)])
 
 
 def set_transforms(
@@ -160,7 +203,7 @@ def foreign_batches(kind: str, like: list[Tensor], transform: Callable) -> list[
     digits = load_digits().images
     count = sum(map(len, like))
     chosen = torch.randint(len(digits), (count,), generator=generator).tolist()
-    pictures = [Image.fromarray((digits[i] * 15).astype(np.uint8)).convert("RGB") for i in chosen]
+    pictures = [grey_picture(digits[i]) for i in chosen]
     return list(torch.stack([transform(x) for x in pictures]).split(len(like[0])))
 
 

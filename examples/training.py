@@ -8,6 +8,9 @@ import itertools
 import math
 import os
 import random
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +19,12 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from images import autocast
+from images import autocast, count_correct, test_loader
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 
@@ -60,6 +63,16 @@ class Training:
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
         self.epochs_done, self.log = state["epochs_done"], state["log"]
+
+
+@dataclass
+class Besides:
+    """What a method does in an epoch besides training on the labels."""
+
+    around: Callable[[Tensor], AbstractContextManager] = lambda labels: contextlib.nullcontext()
+    penalty: Callable[[], Tensor | float] = lambda: 0.0  # is added to the loss
+    after_step: Callable[[], None] = lambda: None
+    frozen: bool = False  # the model stays in evaluation mode, and is not tested
 
 
 def start_processes(options: argparse.Namespace) -> tuple[int, int]:
@@ -102,6 +115,7 @@ def train_epoch(
     options: argparse.Namespace,
     mixup: timm.data.Mixup | None,
     bar: tqdm,
+    besides: Besides = Besides(),
 ) -> float:
     """Train for one epoch and return the mean loss of this process.
 
@@ -111,11 +125,12 @@ def train_epoch(
         loader: batches of images and labels; those that fill no step are left out.
         mixup: mixes a batch and smooths its targets.
         bar: shows the images of all processes.
+        besides: what else goes on.
     """
     updates = updates_per_epoch(loader, options)
     done = training.epochs_done * updates
     total = torch.zeros((), dtype=torch.float64, device=options.device)
-    forward.train()
+    forward.train(not besides.frozen)
     for i, (images, labels) in enumerate(itertools.islice(loader, updates * options.accumulate)):
         images = images.to(options.device, non_blocking=True)
         labels = labels.to(options.device, non_blocking=True)
@@ -125,10 +140,12 @@ def train_epoch(
         step_now = (i + 1) % options.accumulate == 0
         waits = isinstance(forward, DistributedDataParallel) and not step_now
         with forward.no_sync() if waits else contextlib.nullcontext():
-            with autocast(options):
-                outputs = forward(images)
-            loss = F.cross_entropy(outputs.float(), labels, label_smoothing=smoothing)
-            training.scaler.scale(loss / options.accumulate).backward()
+            with besides.around(labels):
+                with autocast(options):
+                    outputs = forward(images)
+                loss = F.cross_entropy(outputs.float(), labels, label_smoothing=smoothing)
+                loss = loss + besides.penalty()
+                training.scaler.scale(loss / options.accumulate).backward()
         total += loss.detach()
         if step_now:
             training.scaler.step(training.optimizer)
@@ -136,6 +153,7 @@ def train_epoch(
             training.optimizer.zero_grad()
             done += 1
             training.scheduler.step_update(done)
+            besides.after_step()
             if training.ema:
                 training.ema.update(training.model, step=done)
         bar.update(len(images) * (dist.get_world_size() if dist.is_initialized() else 1))
@@ -145,3 +163,37 @@ def train_epoch(
     if not math.isfinite(mean):
         raise FloatingPointError(f"the loss of epoch {training.epochs_done + 1} is {mean}")
     return mean
+
+
+def run_epoch(
+    training: Training,
+    forward: nn.Module,
+    loader: DataLoader,
+    test: Dataset,
+    options: argparse.Namespace,
+    mixup: timm.data.Mixup | None,
+    title: str,
+    besides: Besides = Besides(),
+) -> tuple[float, float, float]:
+    """Train for an epoch over all processes, and test.
+
+    Returns:
+        The mean loss, top-1 in percent (not a number where nothing is tested), and images per
+        second of training.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    set_seeds(options.seed, training.epochs_done, rank)
+    loader.sampler.set_epoch(training.epochs_done)
+    images = updates_per_epoch(loader, options) * options.accumulate * options.batch_size
+    bar = tqdm(total=images * world, unit=" images", disable=rank > 0, leave=False, desc=title)
+    start = time.perf_counter()
+    with bar:
+        loss = train_epoch(training, forward, loader, options, mixup, bar, besides)
+    seconds = time.perf_counter() - start
+    correct = math.nan
+    if not besides.frozen:
+        share = test_loader(test, options, rank, world)
+        correct = count_correct(training.tested, share, options)
+    loss, correct = sum_over_processes(loss / world, correct)
+    training.epochs_done += 1
+    return loss, 100 * correct / len(test), images * world / seconds

@@ -198,7 +198,7 @@ def test_finetune_reconstructs_once_and_resumes_to_the_same_weights(
     words = ("--amount", 0.7, "--reconstruct", 12)
     run(*arguments(data, tmp_path / "whole", *words))
     stopped = arguments(data, tmp_path / "stopped", *words)
-    epoch = finetune.train_epoch
+    epoch = finetune.run_epoch
 
     def stop_at_the_second(training, *others):
         if training.epochs_done == 1:
@@ -206,7 +206,7 @@ def test_finetune_reconstructs_once_and_resumes_to_the_same_weights(
         return epoch(training, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "train_epoch", stop_at_the_second)
+        patch.setattr(finetune, "run_epoch", stop_at_the_second)
         with pytest.raises(SystemExit):
             run(*stopped)
     run(*stopped, "--resume")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from torch_dimap.masking import known_readers
 from torch_dimap.text import name_some
-from torch_dimap.units import UnitLayer
+from torch_dimap.units import UnitLayer, check_units
 
+Units = Mapping[str, Iterable[UnitLayer]] | Iterable[UnitLayer]
 # Called in every forward: a factor for each unit, (units,), or for each image and unit,
 # (images, units).
 Gates = Callable[[], Tensor]
@@ -116,3 +117,19 @@ def apply_gates(layer: UnitLayer, x: Tensor, gates: Tensor, caller: str) -> Tens
         spread = spread.repeat_interleave(windows, dim=0)
         shape[0] = len(spread)
     return x * spread.view(shape)
+
+
+def layers_of(model: nn.Module, units: Units, caller: str) -> tuple[UnitLayer, ...]:
+    """List the unit layers, once they are known to be sound and of the model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be an nn.Module, found {type(model).__name__}.")
+    groups = check_units(units, caller)
+    layers = tuple(layer for members in groups.values() for layer in members)
+    own = set(model.modules())
+    foreign = [layer.name for layer in layers if layer.module not in own]
+    if foreign:
+        raise ValueError(
+            f"{caller}: units must be those of the model, found {name_some(foreign)} of another: "
+            "call group_units(model)."
+        )
+    return layers

@@ -14,6 +14,7 @@ from torch_dimap.units.grouping import (
 from torch_dimap.units.masks import (
     KeptUnits,
     UnitPlan,
+    check_units,
     global_module_aware_structured,
     plan_units,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "UnitPlan",
     "UnitRule",
     "builtin_unit_rule",
+    "check_units",
     "count_units",
     "cut_units",
     "describe_units",

@@ -157,14 +157,14 @@ def plan_units(
     caller: str,
 ) -> UnitPlan:
     """Check and rank units; the arguments are those of the public call."""
-    groups = _check_units(units, caller)
+    groups = check_units(units, caller)
     _check_numbers(minimum, multiple, caller)
     maskable_parts(groups, caller)
     scores = _rank(groups, importance_scores, pruning_method, multiple, caller)
     return UnitPlan(caller, groups, scores, minimum)
 
 
-def _check_units(
+def check_units(
     units: Mapping[str, Iterable[UnitLayer]] | Iterable[UnitLayer], caller: str
 ) -> dict[str, list[UnitLayer]]:
     """Check that what is to be masked is what was described, each layer once."""
