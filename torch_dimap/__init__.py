@@ -31,6 +31,7 @@ from torch_dimap.files import (
     expand_checkpoint,
     load_pruned,
     prune_checkpoint,
+    prune_like,
     save_pruned,
 )
 from torch_dimap.masking import (
@@ -74,6 +75,7 @@ __all__ = [
     "plot_masks",
     "plot_units",
     "prune_checkpoint",
+    "prune_like",
     "prune_to_flops",
     "prune_to_parameters",
     "prune_units_to_flops",

@@ -231,7 +231,7 @@ def test_load_pruned_refuses_what_does_not_fit(tmp_path, pruned):
     with pytest.raises(RuntimeError, match="must be dense, found layers.0.*pruned already"):
         load_pruned(swin, path)
     with pytest.raises(ValueError, match="same tensors, found .* and [0-9]+ more in one of them"):
-        load_pruned(nn.Linear(2, 2), path)
+        load_pruned(nn.Sequential(nn.Linear(2, 2)), path)
     with pytest.raises(ValueError, match="is on the meta device"):
         load_pruned(make_swin().to("meta"), path)
     with pytest.raises(TypeError, match="expected a path besides the model"):

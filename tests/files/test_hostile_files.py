@@ -271,7 +271,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch, capsys, legacy):
                _use_new_zipfile_serialization=not legacy)  # fmt: skip
     (tmp_path / "bare.pth").write_bytes(pickle.dumps(Bomb()))
     for name in ("bomb.pth", "bare.pth"):
-        with pytest.raises(ValueError, match="must be a checkpoint, found what neither"):
+        with pytest.raises(ValueError, match="must be a checkpoint|found posix.mkdir, which"):
             prune_checkpoint(name, "out", 0.5)
         assert main(["inspect", name]) == 1
         assert capsys.readouterr().err.count("\n") == 1

@@ -19,7 +19,8 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="MODEL_OR_FILE",
-        help="a model of timm by name, or a checkpoint: safetensors, or what torch.save wrote",
+        help="a model of timm by name, or a checkpoint: safetensors, what torch.save wrote, or a "
+        "folder of the Hugging Face hub",
     )
     parser.add_argument(
         "--model", metavar="NAME", help="the timm model that the file's weights are of"
@@ -45,7 +46,7 @@ def open_model(arguments: argparse.Namespace) -> nn.Module:
         ValueError: if they contradict each other, or the file does not fit the model.
     """
     source, name = arguments.source, arguments.model
-    is_file = os.path.isfile(source)
+    is_file = os.path.exists(source)
     if is_file and arguments.pretrained or bool(name) != is_file:
         raise ValueError(
             "--model and a file go together, and so do --pretrained and a model's name; "

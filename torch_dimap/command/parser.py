@@ -45,7 +45,7 @@ FORMATS: dict[str, Callable[[Summary], str]] = {
 
 def _summarize(arguments: argparse.Namespace) -> str:
     source = arguments.source
-    if os.path.isfile(source) and not arguments.model and not arguments.pretrained:
+    if os.path.exists(source) and not arguments.model and not arguments.pretrained:
         for option in ("num_classes", "img_size", "no_flops"):
             if getattr(arguments, option):
                 raise ValueError(

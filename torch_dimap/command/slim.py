@@ -42,8 +42,8 @@ def add_slim(parser: argparse.ArgumentParser) -> None:
             type=amount_of,
             default=0.0,
             metavar="A",
-            help=f"how many {what} go: with a point, the fraction of those in the model (0.5); "
-            "without, their number (default: none)",
+            help=f"how many {what} go: with a point or a percent sign, the share of those in the "
+            "model (0.5, 50%%); without, their number (default: none)",
         )
     parser.add_argument(
         "--multiple",
@@ -79,7 +79,7 @@ def slim(arguments: argparse.Namespace) -> str:
         raise ValueError(
             "nothing is to go: give --heads, --neurons or both, such as --heads 0.25 --neurons 0.5."
         )
-    taken = [Path(arguments.source)] if os.path.isfile(arguments.source) else []
+    taken = [Path(arguments.source)] if os.path.exists(arguments.source) else []
     target = check_target(arguments.target, "slim", arguments.force, taken)
     if arguments.onnx:
         exported = check_target(arguments.onnx, "slim", arguments.force, taken)

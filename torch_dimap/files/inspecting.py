@@ -16,6 +16,11 @@ _CONTENTS = {
     "dense": "whole tensors, pruned or slimmed by this package",
     None: "a state dict",
 }
+_OF_MASKED = [
+    "masked as torch does it, weight_orig and weight_mask: prune_like(model, file) readies a model",
+    "for it. transformers' from_pretrained would fill these layers with random weights: give it",
+    "what torch-dimap expand makes of this file or folder.",
+]
 _HEADER = ["group", "tensors", "weights", "kept", "density", "threshold"]
 
 
@@ -52,6 +57,8 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> str:
         f"{on_disk / max(1, sizes):.1%} of the {sizes:,} bytes of "
         + ("the masked tensors" if record and record.content == "masks" else "whole tensors"),
     ]
+    if record is None and any(entry.masked for entry in weights.entries.values()):
+        lines += _OF_MASKED
     if hashes != {None}:
         lines.append("the weights behind the masks are known by SHA-256")
     return "\n".join(lines)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import overload
 
 import numpy as np
@@ -13,10 +12,18 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torch_dimap.files.entries import Entry, entry_of, fill, read_mask, read_values
+from torch_dimap.files.names import match_modules, match_names
 from torch_dimap.files.operations import modules_of, plan_cuts, shapes_after
 from torch_dimap.files.packing import bits_of
 from torch_dimap.files.records import Pruned
-from torch_dimap.files.stored import holds_masks_alone, open_weights, refuse_masks_alone
+from torch_dimap.files.stored import (
+    Checkpoint,
+    holds_masks_alone,
+    name_of,
+    open_weights,
+    refuse_masks_alone,
+    refuse_quantised,
+)
 from torch_dimap.masking import (
     Layer,
     all_or_nothing,
@@ -30,19 +37,17 @@ from torch_dimap.selection import threaded_map
 from torch_dimap.text import name_some
 from torch_dimap.units import UnitRule, cut_units
 
-_Path = str | os.PathLike[str]
-
 
 @overload
 def load_pruned(
-    model_or_path: _Path, *, device: torch.device | str = "cpu"
+    model_or_path: Checkpoint, *, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]: ...
 
 
 @overload
 def load_pruned(
     model_or_path: nn.Module,
-    path: _Path,
+    path: Checkpoint,
     *,
     masked: bool = False,
     unit_rule: UnitRule | None = None,
@@ -56,13 +61,17 @@ def load_pruned(model_or_path, path=None, *, masked=False, unit_rule=None, devic
     dense model, and with ``masked=True`` its masks too, ready to be fine-tuned. From the
     file of a slim model, whose layers have lost units, as many are cut out of the model
     first, which gives it new parameters. On failure the model is as it was.
+    Where a framework fills the model, :func:`torch_dimap.prune_like` readies it for that.
 
     Args:
         model_or_path: a dense model with the names and shapes of the one that was saved,
             or that this had before it was slimmed, on any device; its tensors are filled
             in place and, as by torch's ``load_state_dict``, keep their dtypes. Or the path.
-        path: of the file. Any other checkpoint with these weights will do as well. With
-            masks alone, they are put on the weights that the model has.
+        path: of the file. Any other checkpoint with these weights will do as well, also a
+            folder of the Hugging Face hub, or a state dict in memory. Names may have a
+            wrapper's prefix, here or there (``model.``, ``module.``, ``_orig_mod.``), or be
+            those that transformers renames. With masks alone, they are put on the weights
+            that the model has.
         masked: keep the masks, as torch does: ``<name>_orig``, ``<name>_mask``, and a hook
             that holds the zeros. Otherwise the zeros are ordinary weights.
         unit_rule: the ``rule`` that units were removed with, if one was given.
@@ -89,28 +98,35 @@ def load_pruned(model_or_path, path=None, *, masked=False, unit_rule=None, devic
     if path is None:
         raise TypeError(f"{caller}: expected a path besides the model, found none.")
     model = model_or_path
-    pruned = next(pruned_tensors(model, caller), None)
-    if pruned is not None:
+    already = next(pruned_tensors(model, caller), None)
+    if already is not None:
         raise RuntimeError(
-            f"{caller}: the model must be dense, found {pruned.label} pruned already: build it "
-            "again, or call remove_all."
+            f"{caller}: the model must be dense, found {already.label} pruned already: build it "
+            "again, or call remove_all (or prune_like, and the model's own load_state_dict)."
         )
-    own, where = model.state_dict(), f"{caller}: {os.fspath(path)}"
+    own, where = model.state_dict(), f"{caller}: {name_of(path)}"
     with open_weights(path, in_memory=True) as weights:  # from here on nothing can be missing
-        entries, masks_alone = weights.entries, holds_masks_alone(weights)
+        masks_alone = holds_masks_alone(weights)
+        refuse_quantised(weights.entries, where)
+        names = match_names(weights.entries, own, model)
+        entries = {names[name]: entry for name, entry in weights.entries.items() if name in names}
+        modules = match_modules(names)
         operations = weights.record.operations if weights.record else {}
+        operations = {modules.get(name, name): done for name, done in operations.items()}
         keeps = plan_cuts(model, operations, unit_rule, where)
         _check_fit(own, shapes_after(model, own, keeps), entries, masks_alone, caller)
-        targets = _targets(model, entries, caller) if masked else {}
+        wanted = [name for name, entry in entries.items() if entry.masked]
+        targets = layers_to_mask(model, wanted, caller) if masked else {}
         if masked and not targets:
             raise ValueError(
                 f"{where} must have masks for masked=True, found whole tensors only: leave it "
                 "out, and prune the model again if it is to keep its zeros."
             )
         if weights.record and masks_alone:
-            _check_hashes(own, weights.record.pruned, where)
-        wanted = targets or (entries if masks_alone else ())
-        masks = {name: read_mask(entries[name]).to(own[name].device) for name in wanted}
+            pruned = weights.record.pruned
+            _check_hashes(own, {names[name]: item for name, item in pruned.items()}, where)
+        read = targets or (entries if masks_alone else ())
+        masks = {name: read_mask(entries[name]).to(own[name].device) for name in read}
         if keeps:  # the model changes before it is filled: nothing may be left to go wrong
             entries = {name: entry_of(read_values(entry)) for name, entry in entries.items()}
         changed = [*(target.module for target in targets.values()), *modules_of(keeps)]
@@ -131,9 +147,9 @@ def load_pruned(model_or_path, path=None, *, masked=False, unit_rule=None, devic
     return hold_masks(model)
 
 
-def _load_state(path: _Path, device: torch.device | str) -> dict[str, Tensor]:
+def _load_state(path: Checkpoint, device: torch.device | str) -> dict[str, Tensor]:
     with open_weights(path, in_memory=True) as weights:
-        refuse_masks_alone(weights, f"load_pruned(): {os.fspath(path)}")
+        refuse_masks_alone(weights, f"load_pruned(): {name_of(path)}")
         return {name: read_values(entry).to(device) for name, entry in weights.entries.items()}
 
 
@@ -171,10 +187,10 @@ def _check_fit(
         )
 
 
-def _targets(model: nn.Module, entries: Mapping[str, Entry], caller: str) -> dict[str, Layer]:
-    """Return the layers that are to get a mask, by their first name."""
+def layers_to_mask(model: nn.Module, labels: Iterable[str], caller: str) -> dict[str, Layer]:
+    """Return dense layers that are to get a mask, checked, by the first of their names."""
     targets: dict[tuple[nn.Module, str], Layer] = {}
-    for label in (label for label, entry in entries.items() if entry.masked):
+    for label in labels:
         place, _, name = label.rpartition(".")
         layer = Layer(label, model.get_submodule(place), name)
         check_layer(layer, caller)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -12,10 +15,8 @@ import torch
 from torch import Tensor
 
 from torch_dimap.files.headers import NAMES
-
-# Where training scripts put the state dict in a checkpoint; averaged weights first, as timm.
-_HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-_WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")  # torch.compile, DDP, in either order
+from torch_dimap.files.state_dicts import find_state_dict
+from torch_dimap.text import name_some
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
@@ -27,26 +28,41 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
         ValueError: if ``torch.load(weights_only=True)`` refuses the file, or it holds
             anything else than plain tensors under the names of the state dict.
     """
-    try:
-        mapped = _can_be_mapped(file)
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except OSError:
-        raise
-    except Exception as error:  # torch, pickle and zipfile each have their own
-        raise ValueError(
+    with _harmless_types():
+        try:
+            mapped = _can_be_mapped(file)
+            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        except OSError:
+            raise
+        except Exception as error:  # torch, pickle and zipfile each have their own
+            raise ValueError(_what_is_wrong(file, error)) from error
+    found = find_state_dict(saved, str(file))
+    return {name: check_plain(value, f"{file}: {name!r}") for name, value in found.items()}
+
+
+def _harmless_types() -> contextlib.AbstractContextManager[None]:
+    """Let torch load what holds no code and is in many checkpoints: timm allows the same."""
+    allow = getattr(torch.serialization, "safe_globals", None)  # torch 2.4 has none
+    return allow([argparse.Namespace]) if allow else contextlib.nullcontext()
+
+
+def _what_is_wrong(file: Path, error: Exception) -> str:
+    """Say why torch refused a file; name the types that it did not let in."""
+    ask = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
+    blocked: list[str] = re.findall(r"GLOBAL ([\w.]+) was not", str(error))
+    with contextlib.suppress(Exception):  # of a damaged file, or one of the old format
+        blocked = (ask(file) if ask else None) or blocked
+    if not blocked:
+        return (
             f"{file} must be a checkpoint, found what neither safetensors nor "
             f"torch.load(weights_only=True) can read ({type(error).__name__})."
-        ) from error
-    for holder in _HOLDERS:
-        if isinstance(found, dict) and isinstance(found.get(holder), dict):
-            found = found[holder]
-            break
-    items = found.items() if isinstance(found, dict) else ()
-    return {
-        _unwrapped(name): _checked(value, f"{file}: {name!r}")
-        for name, value in items
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
+        )
+    names = ["".join(filter(str.isprintable, name))[:60] for name in blocked]
+    return (
+        f"{file} must hold plain tensors and numbers, found {name_some(names)}, which "
+        "torch.load(weights_only=True) does not let in, since loading it may run code: where you "
+        "trust the file, load it without weights_only and pass or save its state dict alone."
+    )
 
 
 def mapped_ranges(file: Path) -> list[tuple[int, int, int]]:
@@ -81,17 +97,11 @@ def _can_be_mapped(file: Path) -> bool:
         return all(archive.open(name).read(10) == sys.byteorder.encode() for name in names)
 
 
-def _unwrapped(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.removeprefix(wrapper)
-    return name
-
-
-def _checked(tensor: Tensor, what: str) -> Tensor:
+def check_plain(tensor: Tensor, what: str) -> Tensor:
     """Refuse what is no plain tensor, or claims more entries than its file holds."""
     strange: Any = (
         tensor.layout != torch.strided
-        or tensor.device.type != "cpu"
+        or tensor.is_meta
         or tensor.dtype not in NAMES
         or type(tensor) not in (Tensor, torch.nn.Parameter)
     )

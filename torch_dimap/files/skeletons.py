@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor, nn
 
 from torch_dimap.files.entries import Entry
 from torch_dimap.masking import Rule, group_parameters
+
+# Floating-point buffers of vision transformers, which a file does not tell from parameters:
+# statistics, the mask of shifted windows, tables of coordinates, rotary frequencies.
+_BUFFERS = re.compile(r"running_\w+|\w*attn_mask|relative_coords_table|inv_freq|\w*freqs_cis")
 
 
 def group_names(entries: Mapping[str, Entry], rule: Rule | None = None) -> dict[str, list[str]]:
@@ -47,7 +52,7 @@ def skeleton(weights: Mapping[str, Tensor]) -> nn.Module:
     """Build modules of the names and types that weights tell of, to group them by.
 
     They cannot run. A file does not tell parameters from buffers: every floating-point
-    tensor counts as a parameter, but for the running statistics of batch norms.
+    tensor counts as a parameter, but for those with the names of known buffers.
     """
     own = {key: value for key, value in weights.items() if "." not in key}
     below: dict[str, dict[str, Tensor]] = {}
@@ -57,7 +62,7 @@ def skeleton(weights: Mapping[str, Tensor]) -> nn.Module:
             below.setdefault(child, {})[rest] = value
     module = _shell(own)
     for name, value in own.items():
-        if value.is_floating_point() and not name.startswith("running_"):
+        if value.is_floating_point() and not _BUFFERS.fullmatch(name):
             if not isinstance(value, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=False)
             module.register_parameter(name, value)

@@ -1,4 +1,4 @@
-"""Weights in a file, by name, read block by block: safetensors, shards of it, pickles.
+"""Weights by name, read block by block: of safetensors, shards, pickles, folders, state dicts.
 
 What is read here may have been made to do harm: sizes are checked before memory is asked
 for, counts and checksums when the values are read, and pickles are loaded by torch with
@@ -11,11 +11,11 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,13 +30,21 @@ from torch_dimap.files.packing import (
     tensor_of,
     unpack_mask,
 )
-from torch_dimap.files.pickles import mapped_ranges, place_in_file, read_pickle
+from torch_dimap.files.folders import INDEX, weights_in
+from torch_dimap.files.pickles import check_plain, mapped_ranges, place_in_file, read_pickle
 from torch_dimap.files.records import Record, kept_name, mask_name, read_record
+from torch_dimap.files.state_dicts import find_state_dict
 from torch_dimap.selection import CPU_BLOCK, threaded_map
 from torch_dimap.text import name_some
 
+# What GPTQ and AWQ, bitsandbytes, compressed-tensors and torch.ao put beside quantised weights.
+_OF_QUANTISED = re.compile(
+    r"(^|\.)(qweight|qzeros|SCB|\w*weight_(scale|zero_point|packed|scale_inv)|_packed_params\.\w+)$"
+    r"|\.weight\.(absmax|quant_map|quant_state\.\w+)$"
+)
 BLOCK = 1 << 14  # entries read from a file at a time: few, since memory is what counts there
-INDEX = ".index.json"  # what the name of a list of shards ends in
+
+Checkpoint = str | os.PathLike[str] | Mapping[str, Any]  # the last: what torch.load returned
 
 
 class Weights(NamedTuple):
@@ -62,6 +70,22 @@ def refuse_masks_alone(weights: Weights, where: str) -> None:
         )
 
 
+def refuse_quantised(entries: Mapping[str, Entry], where: str) -> None:
+    """Raise for weights that are stored as codes, with scales beside them."""
+    signs = [name for name in entries if _OF_QUANTISED.search(name)]
+    codes = [
+        name
+        for name, entry in entries.items()
+        if name.endswith("weight") and not (entry.kind.dtype.is_floating_point or entry.masked)
+    ]
+    if signs or codes:
+        raise ValueError(
+            f"{where} must hold weights as they are computed with, found a quantised checkpoint "
+            f"({name_some(codes or signs)}): prune the model it was made from, bake it with "
+            "remove_all, and quantise that."
+        )
+
+
 class Content(NamedTuple):
     """A file's bytes, wherever they are."""
 
@@ -69,31 +93,49 @@ class Content(NamedTuple):
     block: int  # entries to read at a time, a multiple of 8
 
 
+def name_of(checkpoint: Checkpoint) -> str:
+    """Return what messages call a checkpoint, once it is seen that it can be one."""
+    if not isinstance(checkpoint, (str, os.PathLike, Mapping)):
+        raise TypeError(
+            f"a checkpoint must be a path or a state dict, found {type(checkpoint).__name__}."
+        )
+    return "the state dict" if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
+
+
 @contextmanager
-def open_weights(path: str | os.PathLike[str], in_memory: bool = False) -> Iterator[Weights]:
+def open_weights(checkpoint: Checkpoint, in_memory: bool = False) -> Iterator[Weights]:
     """Open a checkpoint of any kind; its tensors are read when they are asked for.
 
     Args:
-        path: a ``.safetensors`` file, also one of :func:`torch_dimap.save_pruned`; an
-            index of shards, ``*.safetensors.index.json``; or what ``torch.save`` wrote: a
-            state dict, or a dict that holds one under ``"state_dict"``, ``"model"`` or
-            their ``_ema`` kin. ``<name>_orig`` and ``<name>_mask`` are joined to ``<name>``.
+        checkpoint: a ``.safetensors`` file, also one of :func:`torch_dimap.save_pruned`; an
+            index of shards, ``*.safetensors.index.json``; what ``torch.save`` wrote: a state
+            dict, or a dict that holds one under a key as training scripts use it; a folder
+            of Hugging Face with one of these; or such a dict itself.
+            ``<name>_orig`` and ``<name>_mask`` are joined to ``<name>``.
             The names in safetensors files, which do not keep an order, are sorted so that
             layers come as in the model; it matters where scores of two layers are equal.
         in_memory: read the files now, as they are, and never again.
 
     Raises:
+        TypeError: if it is neither a path nor a mapping.
         ValueError: if it is none of these, is damaged, or holds no tensor.
         OSError: if it cannot be read.
     """
-    file = Path(path)
+    where = name_of(checkpoint)
     with ExitStack() as stack:
-        open_it = _open_shards if file.name.endswith(INDEX) else _open_file
-        weights = open_it(file, stack, in_memory)
+        if isinstance(checkpoint, Mapping):
+            tensors = find_state_dict(checkpoint, where)
+            entries = {name: entry_of(check_plain(t, where)) for name, t in tensors.items()}
+            weights = Weights(entries, [], {}, None)
+        else:
+            file = Path(checkpoint)
+            file = weights_in(file) if file.is_dir() else file
+            open_it = _open_shards if file.name.endswith(INDEX) else _open_file
+            weights = open_it(file, stack, in_memory)
         if not weights.entries:
-            raise ValueError(f"{file} must hold a state dict, found no tensor in it.")
+            raise ValueError(f"{where} must hold a state dict, found no tensor in it.")
         if weights.record is None:
-            weights = weights._replace(entries=join_masks(weights.entries, str(file)))
+            weights = weights._replace(entries=join_masks(weights.entries, where))
         yield weights
 
 

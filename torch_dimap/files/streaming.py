@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from torch_dimap.files.entries import Entry
+from torch_dimap.files.folders import copied_folder
 from torch_dimap.files.records import Record
 from torch_dimap.files.replacing import check_target
 from torch_dimap.files.skeletons import group_names
-from torch_dimap.files.stored import open_weights, refuse_masks_alone
+from torch_dimap.files.stored import (
+    Weights,
+    open_weights,
+    refuse_masks_alone,
+    refuse_quantised,
+)
 from torch_dimap.files.writing import write_weights
 from torch_dimap.masking import Rule, amounts_by_group, count_to_prune
 from torch_dimap.selection import (
@@ -56,9 +63,11 @@ def prune_checkpoint(
     Args:
         source: a ``.safetensors`` file, an index of shards
             (``*.safetensors.index.json``), or what ``torch.save`` wrote (a state dict, or
-            a dict that holds one); masks of earlier pruning in it are respected.
+            a dict that holds one); masks of earlier pruning in it are respected. Or a
+            folder of the Hugging Face hub with one of these.
         target: the file to write, another than the source. A symbolic link is followed,
-            and what it points to is replaced.
+            and what it points to is replaced. Of a folder it is a new folder, into which all
+            but the weights is copied.
         amount: float, the fraction of every group; int, the total over all groups;
             dict, group -> float or int. Of the weights still unpruned.
         compressed: write masks as bits and only the values that they keep, for
@@ -66,7 +75,7 @@ def prune_checkpoint(
             which any reader of safetensors loads.
         rule: takes the place of the built-in one, as in
             :func:`torch_dimap.group_parameters`; it sees modules without values.
-        force: replace a target that exists.
+        force: replace a file that exists.
         progress: show a bar on the standard error.
 
     Returns:
@@ -74,9 +83,9 @@ def prune_checkpoint(
 
     Raises:
         TypeError: for an amount of another type.
-        ValueError: for an amount out of range, a source that is no checkpoint, is damaged,
-            has no layers that can be grouped, or holds NaN or infinity among those; if
-            the target is the source.
+        ValueError: for an amount out of range, a source that is no checkpoint, is damaged or
+            quantised, has no layers that can be grouped, or holds NaN or infinity among
+            those; if the target is the source; for a ``compressed`` folder.
         OSError: if the target exists without ``force``, or the disk refuses.
 
     Source: He and Zhou, ICLR 2024, Sec. 4.1.
@@ -92,10 +101,15 @@ def prune_checkpoint(
         (['qkv', 'proj', 'mlp'], True)
     """
     caller = "prune_checkpoint()"
-    with open_weights(source) as weights:
-        path = check_target(target, caller, force, weights.files)
+    if compressed and os.path.isdir(source):
+        raise ValueError(
+            f"{caller}: a folder must get whole tensors, which from_pretrained reads: leave out "
+            "compressed, or name the file in it to compress."
+        )
+    with open_weights(source) as weights, _target(source, target, caller, force, weights) as path:
         entries = weights.entries
         refuse_masks_alone(weights, f"{caller}: {os.fspath(source)}")
+        refuse_quantised(entries, f"{caller}: {os.fspath(source)}")
         groups = group_names(entries, rule)
         names = [name for members in groups.values() for name in members]
         work = sum(entries[name].kind.bytes for name in [*names, *entries])
@@ -132,9 +146,10 @@ def expand_checkpoint(
 
     Args:
         source: what :func:`torch_dimap.save_pruned` or :func:`prune_checkpoint` wrote
-            compressed, or the state dict of a model with torch's masks.
-        target: the safetensors file to write, as for :func:`prune_checkpoint`.
-        force: replace a target that exists.
+            compressed, or the state dict of a model with torch's masks; also in a folder,
+            to make one of a masked model that ``from_pretrained`` reads.
+        target: the safetensors file or folder to write, as for :func:`prune_checkpoint`.
+        force: replace a file that exists.
         progress: show a bar on the standard error.
 
     Raises:
@@ -143,8 +158,7 @@ def expand_checkpoint(
         OSError: if the target exists without ``force``, or the disk refuses.
     """
     caller = "expand_checkpoint()"
-    with open_weights(source) as weights:
-        path = check_target(target, caller, force, weights.files)
+    with open_weights(source) as weights, _target(source, target, caller, force, weights) as path:
         refuse_masks_alone(weights, f"{caller}: {os.fspath(source)}")
         if not any(entry.masked for entry in weights.entries.values()):
             raise ValueError(
@@ -167,6 +181,18 @@ def expand_checkpoint(
                 metadata=weights.metadata,
                 done=done,
             )
+
+
+@contextmanager
+def _target(
+    source: _Path, target: _Path, caller: str, force: bool, weights: Weights
+) -> Iterator[Path]:
+    """Yield the file to write: the target, or in a copy of the source's folder."""
+    if os.path.isdir(source):
+        with copied_folder(Path(source), Path(target), caller) as path:
+            yield path
+    else:
+        yield check_target(target, caller, force, weights.files)
 
 
 def _look(entry: Entry, what: str) -> FlatWeight:

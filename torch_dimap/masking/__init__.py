@@ -2,7 +2,12 @@
 
 from torch_dimap.masking.amounts import amounts_by_group, check_amount, count_to_prune
 from torch_dimap.masking.attaching import all_or_nothing, attach, bake, snapshot
-from torch_dimap.masking.grouping import Rule, builtin_rule, group_parameters
+from torch_dimap.masking.grouping import (
+    Rule,
+    builtin_rule,
+    group_parameters,
+    unwrapped_name,
+)
 from torch_dimap.masking.layers import (
     Layer,
     Pair,
@@ -75,4 +80,5 @@ __all__ = [
     "snapshot",
     "survey",
     "untouched",
+    "unwrapped_name",
 ]

@@ -124,7 +124,7 @@ def builtin_rule(qualified_name: str, module: nn.Module, name: str) -> str | Non
         ...     group = builtin_rule(qualified_name, module, name)
         ...     return group if group == "mlp" else None
     """
-    layer = _WRAPPERS.sub("", qualified_name).removeprefix(".")
+    layer = unwrapped_name(qualified_name)
     if isinstance(module, nn.MultiheadAttention) and name in _IN_PROJECTIONS:
         layer += ".attn.qkv"
     elif isinstance(module, NonDynamicallyQuantizableLinear) and name == "weight":
@@ -134,6 +134,11 @@ def builtin_rule(qualified_name: str, module: nn.Module, name: str) -> str | Non
     if _AUXILIARY.search(layer):
         return None
     return next((group for group, pattern in _RULES if pattern.search(layer)), None)
+
+
+def unwrapped_name(qualified_name: str) -> str:
+    """Return a name without the modules that known wrappers put around others."""
+    return _WRAPPERS.sub("", qualified_name).removeprefix(".")
 
 
 def _hidden_weights(qualified_name: str, module: nn.Module) -> dict[str, str]:
