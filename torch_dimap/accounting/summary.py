@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch_dimap.accounting.slim import UnitsLeft, count_slim_flops, units_of_te
 from torch_dimap.accounting.table import Row, Summary, by
 from torch_dimap.accounting.thresholds import check_thresholds
 from torch_dimap.masking import Layer, Pair, find_layers_in
+from torch_dimap.operations import operations_in
 
 NOTE = (
     "FLOPs: multiply-adds for inputs of {inputs}. masked: every layer weighted by its own\n"
@@ -110,8 +112,15 @@ def summarize(
             flops=Flops(flops.dense, flops.masked, flops.uniform) if flops else None,
             slim_flops=slim.dense if slim else None,
         ),
-        note=note + (SLIM_NOTE if slim else ""),
+        note=note + (SLIM_NOTE if slim else "") + _replaced(model),
     )
+
+
+def _replaced(model: nn.Module) -> str:
+    """Say what stands in the place of attentions, which no row tells."""
+    counts = Counter(made.operation for made in operations_in(model).values())
+    found = ", ".join(f"{count} {operation}" for operation, count in sorted(counts.items()))
+    return f"\nIn the place of attentions: {found}." if found else ""
 
 
 def _units(left: list[UnitsLeft | None]) -> dict[str, int]:

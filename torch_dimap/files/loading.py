@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import overload
 
 import numpy as np
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torch_dimap.files.entries import Entry, entry_of, fill, read_mask, read_values
-from torch_dimap.files.names import match_modules, match_names
-from torch_dimap.files.operations import modules_of, plan_cuts, shapes_after
+from torch_dimap.files.names import match_modules, match_names, own_place
+from torch_dimap.files.operations import modules_of, plan_cuts, plan_replacements, shapes_after
 from torch_dimap.files.packing import bits_of
 from torch_dimap.files.records import Pruned
 from torch_dimap.files.stored import (
@@ -33,6 +34,7 @@ from torch_dimap.masking import (
     pruned_tensors,
     refuse_taken_names,
 )
+from torch_dimap.operations import put
 from torch_dimap.selection import threaded_map
 from torch_dimap.text import name_some
 from torch_dimap.units import UnitRule, cut_units
@@ -105,14 +107,22 @@ def load_pruned(model_or_path, path=None, *, masked=False, unit_rule=None, devic
             "again, or call remove_all (or prune_like, and the model's own load_state_dict)."
         )
     own, where = model.state_dict(), f"{caller}: {name_of(path)}"
-    with open_weights(path, in_memory=True) as weights:  # from here on nothing can be missing
+    with open_weights(path, in_memory=True) as weights, ExitStack() as changes:
+        # From here on nothing can be missing.
         masks_alone = holds_masks_alone(weights)
         refuse_quantised(weights.entries, where)
         names = match_names(weights.entries, own, model)
-        entries = {names[name]: entry for name, entry in weights.entries.items() if name in names}
         modules = match_modules(names)
         operations = weights.record.operations if weights.record else {}
-        operations = {modules.get(name, name): done for name, done in operations.items()}
+        operations = {own_place(name, modules): done for name, done in operations.items()}
+        replacements = plan_replacements(model, operations, where)
+        if replacements:
+            changes.enter_context(all_or_nothing([site.block for site in replacements]))
+            for site, made in replacements.items():
+                put(site, made)
+            own = model.state_dict()
+            names = match_names(weights.entries, own, model)
+        entries = {names[name]: entry for name, entry in weights.entries.items() if name in names}
         keeps = plan_cuts(model, operations, unit_rule, where)
         _check_fit(own, shapes_after(model, own, keeps), entries, masks_alone, caller)
         wanted = [name for name, entry in entries.items() if entry.masked]
@@ -127,7 +137,7 @@ def load_pruned(model_or_path, path=None, *, masked=False, unit_rule=None, devic
             _check_hashes(own, {names[name]: item for name, item in pruned.items()}, where)
         read = targets or (entries if masks_alone else ())
         masks = {name: read_mask(entries[name]).to(own[name].device) for name in read}
-        if keeps:  # the model changes before it is filled: nothing may be left to go wrong
+        if keeps or replacements:  # the model changes before it is filled: nothing may be left to go wrong
             entries = {name: entry_of(read_values(entry)) for name, entry in entries.items()}
         changed = [*(target.module for target in targets.values()), *modules_of(keeps)]
         with all_or_nothing(changed):

@@ -53,6 +53,12 @@ def match_modules(names: Mapping[str, str]) -> dict[str, str]:
     return modules
 
 
+def own_place(place: str, modules: Mapping[str, str]) -> str:
+    """Return a model's name for a module that a checkpoint names, of tensors or without."""
+    around, _, last = place.rpartition(".")
+    return modules.get(place, f"{modules[around]}.{last}" if around in modules else place)
+
+
 def _count(found: Mapping[str, str], own: Mapping[str, str]) -> int:
     return sum(name in own for name in found.values())
 

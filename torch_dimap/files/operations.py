@@ -1,7 +1,8 @@
-"""Units that have left a model: told in a file's record, and cut out of another model.
+"""What was done to a model's layers: told in a file's record, and done to another model.
 
 The record names operations by layer, ``{"blocks.0.attn": {"heads": 3}}``: of this layer
 three heads stay. Which ones they were does not matter to who fills in the tensors.
+``{"blocks.0.attn": {"conv3": 64}}``: in its place is a convolution of so many channels.
 """
 
 from __future__ import annotations
@@ -12,16 +13,38 @@ import torch
 from torch import Tensor, nn
 
 from torch_dimap.files.records import Operations
+from torch_dimap.operations import (
+    TAPS,
+    Operation,
+    SharedConvolution,
+    Site,
+    find_sites,
+    operations_in,
+    plain_operation,
+)
 from torch_dimap.units import UnitLayer, UnitRule, count_units, describe_units
+
+
+# What may stand in an attention's place.
+REPLACEMENTS = (*TAPS, "skip")
 
 
 def operations_of(model: nn.Module, rule: UnitRule | None, caller: str) -> Operations:
     """Return what to do to the dense model to get one of this model's shape.
 
     Raises:
-        ValueError: if a layer that units were removed from is not as it was then.
+        ValueError: if a layer that units were removed from is not as it was then, or a
+            convolution in an attention's place still mixes heads.
     """
     found: Operations = {}
+    for name, made in operations_in(model).items():
+        if isinstance(made, SharedConvolution):
+            raise ValueError(
+                f"{caller}: convolutions must be plain to be saved, found that {name} mixes the "
+                "heads of its attention: call torch_dimap.learning.collapse_convolutions(model), "
+                "or to go on training save model.state_dict()."
+            )
+        found[name] = {made.operation: made.number}
     for count in count_units(model, rule):
         if count.noted is None:
             continue
@@ -36,6 +59,38 @@ def operations_of(model: nn.Module, rule: UnitRule | None, caller: str) -> Opera
     return found
 
 
+def plan_replacements(
+    model: nn.Module, operations: Operations, where: str
+) -> dict[Site, Operation]:
+    """Make what is to stand in the place of a model's attentions, as a file tells.
+
+    Raises:
+        ValueError: if the model has no such attentions.
+    """
+    wanted = {name: done for name, done in operations.items() if done.keys() & set(REPLACEMENTS)}
+    if not wanted:
+        return {}
+    sites = {site.name: site for site in find_sites(model, where)}
+    made = {}
+    for name, done in wanted.items():
+        (operation, number), *others = done.items()
+        site = sites.get(name)
+        if others or site is None or isinstance(site.attention, Operation):
+            raise ValueError(
+                f"{where} tells of {operation[:40]!r} in the place of {name[:80]!r}, where "
+                f"{type(model).__name__} has no attention, or of more than that: build the model "
+                "that the file was written from."
+            )
+        if number not in ((0, 1) if operation == "skip" else (site.width,)):
+            raise ValueError(
+                f"{where} tells of {operation} of {number} in the place of {name}, which must be "
+                f"{'0 or 1' if operation == 'skip' else site.width}: build the model that the "
+                "file was written from."
+            )
+        made[site] = plain_operation(site, operation, number)
+    return made
+
+
 def plan_cuts(
     model: nn.Module, operations: Operations, rule: UnitRule | None, where: str
 ) -> dict[UnitLayer, Tensor]:
@@ -44,6 +99,8 @@ def plan_cuts(
     Raises:
         ValueError: if the model cannot have so many.
     """
+    replaced = set(REPLACEMENTS)
+    operations = {name: done for name, done in operations.items() if not done.keys() & replaced}
     if not operations:
         return {}
     layers = {(layer.name, layer.kind): layer for layer in describe_units(model, rule, where)}
@@ -106,7 +163,9 @@ def describe_operations(operations: Operations) -> list[str]:
         for kind, number in numbers.items():
             kinds.setdefault(kind, []).append(number)
     return [
-        f"slim: {sum(numbers):,} {kind} are left in {len(numbers):,} layers, {min(numbers):,} to "
-        f"{max(numbers):,} in each"
+        f"{kind} in the place of {len(numbers):,} attentions"
+        if kind in REPLACEMENTS
+        else f"slim: {sum(numbers):,} {kind} are left in {len(numbers):,} layers, "
+        f"{min(numbers):,} to {max(numbers):,} in each"
         for kind, numbers in kinds.items()
     ]

@@ -75,13 +75,14 @@ class SinglePathAttention(nn.Module):
         self.logits = nn.Parameter(torch.ones(site.heads, TAPS["conv3"], **factory))
         self.norms = nn.ModuleDict({name: nn.BatchNorm2d(site.width, **factory) for name in TAPS})
         self.gate_logits = nn.Parameter(torch.full((3,), initial, device=weight.device))
-        self.site = site._replace(block=None, attention=None)  # numbers only
+        self.grid, self.prefix_tokens = site.grid, site.prefix_tokens
+        self.in_windows = site.window is not None
         self.temperature = temperature
         self.train(site.attention.training)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Attend, convolve or skip; inside the windows of a Swin, attend."""
-        if self.site.window is not None:
+        if self.in_windows:
             return self.attention(x, *args, **kwargs)
         refuse_mask(*args, **kwargs)
         return self.choose(x, self.attention)
@@ -115,7 +116,7 @@ class SinglePathAttention(nn.Module):
         shares = head_shares(self.taps(operation), self.temperature)
         weights = mix_heads(qkv.weight[-rows:], bias, proj.weight, shares)
         return on_map(
-            x, self.site.grid, self.site.prefix_tokens,
+            x, self.grid, self.prefix_tokens,
             lambda y: convolve(y, weights, self.norms[operation], proj.bias),
         )  # fmt: skip
 

@@ -54,6 +54,7 @@ class Operation(nn.Module):
     """What operations in an attention's place have in common: how they are called."""
 
     operation: str  # its name in files and in choices
+    number: int  # that files hold of it: how many channels, or whether the input passes
 
     def __init__(self, grid: tuple[int, int], prefix_tokens: int) -> None:
         super().__init__()
@@ -79,6 +80,7 @@ class Skip(Operation):
     def __init__(self, grid: tuple[int, int], prefix_tokens: int, passes_on: bool) -> None:
         super().__init__(grid, prefix_tokens)
         self.passes_on = passes_on
+        self.number = int(passes_on)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -128,14 +130,12 @@ class SharedConvolution(Operation):
             bias=weights.bias is not None, proj_bias=self.proj.bias is not None,
             device=weights.kernel.device, dtype=weights.kernel.dtype,
         )  # fmt: skip
-        with torch.no_grad():
-            for target, source in (
-                (plain.conv.weight, weights.kernel), (plain.conv.bias, weights.bias),
-                (plain.proj.weight, weights.projection), (plain.proj.bias, self.proj.bias),
-            ):  # fmt: skip
-                if source is not None:
-                    target.copy_(source)
-        plain.norm.load_state_dict(self.norm.state_dict())
+        state = {
+            "conv.weight": weights.kernel, "conv.bias": weights.bias,
+            "proj.weight": weights.projection, "proj.bias": self.proj.bias,
+            **{f"norm.{name}": tensor for name, tensor in self.norm.state_dict().items()},
+        }  # fmt: skip
+        plain.load_state_dict({name: x for name, x in state.items() if x is not None})
         return plain.train(self.training)
 
 
@@ -155,6 +155,7 @@ class PlainConvolution(Operation):
     ) -> None:
         super().__init__(grid, prefix_tokens)
         self.operation = f"conv{size}"
+        self.number = width
         self.conv = nn.Conv2d(dim, width, size, padding=size // 2, bias=bias, **factory)
         self.norm = nn.BatchNorm2d(width, **factory)
         self.proj = nn.Linear(width, dim, bias=proj_bias, **factory)

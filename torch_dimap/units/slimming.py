@@ -13,7 +13,7 @@ def slim_class(original: type[nn.Module], forward: Any) -> type[nn.Module]:
     return _joined(original_class(original), forward)
 
 
-def original_class(kind: type[nn.Module]) -> type[nn.Module]:
+def original_class(kind: Any) -> Any:
     """Return the class whose forward, or part of it, :func:`slim_class` has replaced."""
     package = __name__.partition(".")[0]
     return next(base for base in kind.__mro__ if base.__module__.partition(".")[0] != package)
