@@ -114,8 +114,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--penalties", nargs="*", action=ParseKwargs, default={"squares": 1e-4},
         metavar="NAME=W", help="on the masks: squares, norms, unit_laplacian, class_difference, "
         "class_mean, with their weights (default: squares=1e-4)")
-    add("--scores", choices=["masks", *SCORES], default="masks",
-        help="what ranks the units; the others are to compare with (default: masks)")
+    add("--scores", choices=["masks", "all_masks", *SCORES], default="masks",
+        help="what ranks the units: masks, of --classes; all_masks, of all classes; the others "
+        "are to compare with (default: masks)")
     add("--rates", choices=["learned", "layer", "kind"], default="learned",
         help="learned, or without training one rate for every layer or one ranking of each kind "
         "of unit (default: learned)")
@@ -123,8 +124,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         help="at most; learned rates that stand still end the step (default: 20)")
     add("--rate-lr", type=float, default=5e-4, metavar="LR", help="of weights (default: 5e-4)")
     add("--threshold-lr", type=float, default=0.05, metavar="LR", help="(default: 0.05)")
-    add("--beta", type=float, default=10.0, metavar="B",
-        help="the weight of the squared distance from the target (default: 10)")
+    add("--beta", type=float, default=20.0, metavar="B",
+        help="the weight of the squared distance from the target (default: 20)")
     add("--eta", type=float, default=0.05, metavar="E",
         help="the step of the multiplier that holds the target (default: 0.05)")
     add("--tune-epochs", type=int, default=10, metavar="N", help="(default: 10)")
@@ -261,10 +262,10 @@ def learn_masks(job: Job) -> None:
 def rank_units(job: Job, model: nn.Module) -> dict:
     """Return what ranks the units."""
     options, units = job.options, torch_dimap.group_units(model)
-    if options.scores == "masks":
+    if needs_masks(options):
         with ClassMasks(model, units, job.classes) as masks:
             masks.load_state_dict(load_file(job.file("masks"), device=options.device))
-            return masks.scores(options.classes)
+            return masks.scores(options.classes if options.scores == "masks" else None)
     set_seeds(options.seed)
     layers = [layer for members in units.values() for layer in members]
     several = argparse.Namespace(**{**vars(options), "batch_size": min(512, len(job.train))})
@@ -314,9 +315,13 @@ def tune(job: Job) -> None:
 STEPS = {"masks": learn_masks, "rates": learn_rates, "tune": tune}
 
 
+def needs_masks(options: argparse.Namespace) -> bool:
+    return options.scores in ("masks", "all_masks")
+
+
 def steps_to_do(options: argparse.Namespace) -> list[str]:
     """Name the steps, once the folder holds what they need and nothing that they would replace."""
-    needed = [step for step in STEPS if step != "masks" or options.scores == "masks"]
+    needed = [step for step in STEPS if step != "masks" or needs_masks(options)]
     steps = needed if options.step == "all" else [options.step]
     files = {step: options.output / PRODUCTS[step] for step in needed}
     if options.step == "all" and not options.resume:
