@@ -70,6 +70,7 @@ class Besides:
     """What a method does in an epoch besides training on the labels."""
 
     around: Callable[[Tensor], AbstractContextManager] = lambda labels: contextlib.nullcontext()
+    teach: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda loss, images, outputs: loss
     penalty: Callable[[], Tensor | float] = lambda: 0.0  # is added to the loss
     after_step: Callable[[], None] = lambda: None
     frozen: bool = False  # the model stays in evaluation mode, and is not tested
@@ -144,7 +145,7 @@ def train_epoch(
                 with autocast(options):
                     outputs = forward(images)
                 loss = F.cross_entropy(outputs.float(), labels, label_smoothing=smoothing)
-                loss = loss + besides.penalty()
+                loss = besides.teach(loss, images, outputs) + besides.penalty()
                 training.scaler.scale(loss / options.accumulate).backward()
         total += loss.detach()
         if step_now:

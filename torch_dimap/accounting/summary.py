@@ -13,7 +13,7 @@ from torch_dimap.accounting.slim import UnitsLeft, count_slim_flops, units_of_te
 from torch_dimap.accounting.table import Row, Summary, by
 from torch_dimap.accounting.thresholds import check_thresholds
 from torch_dimap.masking import Layer, Pair, find_layers_in
-from torch_dimap.operations import operations_in
+from torch_dimap.operations import replaced_attentions
 
 NOTE = (
     "FLOPs: multiply-adds for inputs of {inputs}. masked: every layer weighted by its own\n"
@@ -118,7 +118,7 @@ def summarize(
 
 def _replaced(model: nn.Module) -> str:
     """Say what stands in the place of attentions, which no row tells."""
-    counts = Counter(made.operation for made in operations_in(model).values())
+    counts = Counter(made.operation for made in replaced_attentions(model).values())
     found = ", ".join(f"{count} {operation}" for operation, count in sorted(counts.items()))
     return f"\nIn the place of attentions: {found}." if found else ""
 

@@ -19,8 +19,8 @@ from torch_dimap.operations import (
     SharedConvolution,
     Site,
     find_sites,
-    operations_in,
     plain_operation,
+    replaced_attentions,
 )
 from torch_dimap.units import UnitLayer, UnitRule, count_units, describe_units
 
@@ -37,7 +37,7 @@ def operations_of(model: nn.Module, rule: UnitRule | None, caller: str) -> Opera
             convolution in an attention's place still mixes heads.
     """
     found: Operations = {}
-    for name, made in operations_in(model).items():
+    for name, made in replaced_attentions(model).items():
         if isinstance(made, SharedConvolution):
             raise ValueError(
                 f"{caller}: convolutions must be plain to be saved, found that {name} mixes the "

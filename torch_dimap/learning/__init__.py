@@ -8,7 +8,11 @@ from torch_dimap.learning.layer_rates import LayerRates
 from torch_dimap.learning.percentiles import KeptShare, prune_units_by_percentile
 from torch_dimap.learning.single_path import SinglePath, SinglePathSearch, apply_single_path
 from torch_dimap.learning.single_path_costs import single_path_flops
-from torch_dimap.operations import collapse_convolutions, replace_attentions
+from torch_dimap.operations import (
+    collapse_convolutions,
+    replace_attentions,
+    replaced_attentions,
+)
 
 __all__ = [
     "ClassMasks",
@@ -24,6 +28,7 @@ __all__ = [
     "gated",
     "prune_units_by_percentile",
     "replace_attentions",
+    "replaced_attentions",
     "single_path_flops",
     "stands_still",
     "straight_through",

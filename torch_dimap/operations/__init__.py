@@ -13,10 +13,10 @@ from torch_dimap.operations.replacing import (
     OPERATIONS,
     collapse_convolutions,
     default_temperature,
-    operations_in,
     plain_operation,
     put,
     replace_attentions,
+    replaced_attentions,
 )
 from torch_dimap.operations.sites import Site, find_sites
 from torch_dimap.operations.weights import convolve, head_shares, mix_heads
@@ -36,9 +36,9 @@ __all__ = [
     "head_shares",
     "mix_heads",
     "on_map",
-    "operations_in",
     "plain_operation",
     "put",
     "refuse_mask",
     "replace_attentions",
+    "replaced_attentions",
 ]

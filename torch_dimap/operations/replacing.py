@@ -110,8 +110,11 @@ def collapse_convolutions(model: nn.Module) -> nn.Module:
     return model
 
 
-def operations_in(model: nn.Module) -> dict[str, Operation]:
-    """Return what stands in attentions' places, by name; of any model."""
+def replaced_attentions(model: nn.Module) -> dict[str, Operation]:
+    """Return what stands in the place of a model's attentions, by the attention's name.
+
+    Each has its ``operation``, ``"conv3"``, ``"conv1"`` or ``"skip"``.
+    """
     return {name: x for name, x in model.named_modules() if isinstance(x, Operation)}
 
 
