@@ -40,6 +40,7 @@ from steps import (
     steps_to_do,
     updates,
 )
+from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from training import Besides, set_seeds
 
@@ -86,6 +87,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         "skip: nothing in the place of convolutions (default: none)")
     add("--teacher", metavar="MODEL", help="a timm name; its decisions count as labels too")
     add("--teacher-checkpoint", type=Path, metavar="FILE", help="(default: timm's weights)")
+    add("--teacher-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE",
+        help="for timm.create_model")
     add("--teacher-weight", type=float, default=0.5, metavar="W", help="(default: 0.5)")
     add("--tune-epochs", type=int, default=30, metavar="N", help="(default: 30)")
     add("--tune-lr", type=float, default=1e-4, metavar="LR", help="the first (default: 1e-4)")
@@ -211,7 +214,7 @@ def teacher(job: Job) -> Besides:
         return Besides()
     wise = load_model(
         options.teacher, pretrained=not options.teacher_checkpoint,
-        checkpoint=options.teacher_checkpoint, num_classes=job.classes,
+        checkpoint=options.teacher_checkpoint, num_classes=job.classes, **options.teacher_kwargs,
     ).to(options.device).eval()  # fmt: skip
     weight = options.teacher_weight
 
@@ -240,7 +243,7 @@ STEPS = {
                    ("target", "search_epochs", "search_lr", "gate_lr", "weight", "temperature")),
     "tune": Step(tune, "slim.safetensors",
                  ("skip", "operations", "start", "control", "teacher", "teacher_checkpoint",
-                  "teacher_weight", "tune_epochs", "tune_lr")),
+                  "teacher_kwargs", "teacher_weight", "tune_epochs", "tune_lr")),
 }  # fmt: skip
 
 
@@ -253,13 +256,20 @@ def models_of(job: Job) -> dict[str, nn.Module]:
     return models
 
 
+def run(options: argparse.Namespace) -> Job:
+    """Do the steps that are asked for."""
+    needed = ["tune"] if options.operations else list(STEPS)
+    names = steps_to_do(STEPS, needed, options)
+    job = open_job(STEPS, options)
+    run_steps(job, names)
+    return job
+
+
 def main(words: list[str] | None = None) -> None:
     options = parse(words)
 
     def work() -> None:
-        names = steps_to_do(STEPS, ["tune"] if options.operations else list(STEPS), options)
-        job = open_job(STEPS, options)
-        run_steps(job, names)
+        job = run(options)
         if job.rank == 0:
             print(report(models_of(job), job.test, options, job.about))
 

@@ -221,8 +221,7 @@ REFUSED = {
     "timm.models.mobilevit.LinearSelfAttention": "it has one query for all channels",
     "timm.layers.attention2d.MultiQueryAttention2d": "all heads share one key and value",
     "timm.models.shvit.SHSA": "it has one head",
-    "torch_dimap.operations.modules.PlainConvolution": "it is a convolution",
-    "torch_dimap.operations.modules.SharedConvolution": "it is a convolution",
+    "torch_dimap.operations.modules.Operation": "it was replaced by a convolution",
     "timm.models.swiftformer.EfficientAdditiveAttention": "it has no heads",
     "timm.models.volo.OutlookAttention": "its attention is folded over neighbouring places",
 }
