@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_dimap.learning.gates import Units, gated, layers_of
+from torch_dimap.learning.gates import Units, gated, layers_of, refuse_idle
 from torch_dimap.learning.labels import check_classes, check_labels
 from torch_dimap.learning.penalties import PENALTIES
 from torch_dimap.units import UnitLayer
@@ -71,6 +71,7 @@ class ClassMasks(nn.Module):
     layers: tuple[UnitLayer, ...]
     masks: nn.ParameterList
     num_classes: int
+    _applied: set[UnitLayer]
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class ClassMasks(nn.Module):
         self._labels: Tensor | None = None
         with contextlib.ExitStack() as undo:
             gates = {layer: self._rows_of(i) for i, layer in enumerate(self.layers)}
-            undo.enter_context(gated(gates, caller))
+            self._applied = undo.enter_context(gated(gates, caller))
             check = model.register_forward_pre_hook(self._batch_check(), with_kwargs=True)
             undo.callback(check.remove)
             if freeze:
@@ -129,7 +130,8 @@ class ClassMasks(nn.Module):
 
         Raises:
             TypeError, ValueError: for labels that are none of these.
-            RuntimeError: after :meth:`remove`.
+            RuntimeError: after :meth:`remove`; or, at the end, if the model ran and passed by
+                some of the layers that read the units, without calling them.
         """
         caller = "ClassMasks.labels()"
         if self._undo is None:
@@ -138,6 +140,7 @@ class ClassMasks(nn.Module):
         before, self._labels = self._labels, labels.to(self.masks[0].device)
         try:
             yield
+            refuse_idle(self.layers, self._applied, caller)
         finally:
             self._labels = before
 

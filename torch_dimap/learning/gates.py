@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_dimap.masking import known_readers
+from torch_dimap.masking import is_never_called
 from torch_dimap.text import name_some
 from torch_dimap.units import UnitLayer, check_units
 
@@ -52,7 +52,7 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def gated(gates: Mapping[UnitLayer, Gates], caller: str = "gated()") -> Iterator[None]:
+def gated(gates: Mapping[UnitLayer, Gates], caller: str = "gated()") -> Iterator[set[UnitLayer]]:
     """Multiply the units of layers by gates in every forward inside the ``with`` block.
 
     Forward pre-hooks on the readers, and nothing else: no module is replaced, and whatever
@@ -63,6 +63,9 @@ def gated(gates: Mapping[UnitLayer, Gates], caller: str = "gated()") -> Iterator
             a tensor of one factor per unit, or of one row of them for each image of the
             batch. A row serves all windows that an image is cut into.
         caller: whom an error names.
+
+    Yields:
+        The layers whose gates have been applied so far, outside of compiled code.
 
     Raises:
         ValueError: if a layer's reader is read without being called, so that no hook of
@@ -78,24 +81,40 @@ def gated(gates: Mapping[UnitLayer, Gates], caller: str = "gated()") -> Iterator
         >>> torch.equal(ones, vit(image))
         True
     """
-    uncalled = [layer.name for layer in gates if known_readers([layer.reader])]
+    uncalled = [layer.name for layer in gates if is_never_called(layer.reader)]
     if uncalled:
         raise ValueError(
             f"{caller}: expected layers whose readers the model calls, found some that it only "
             f"reads, {name_some(uncalled)}: no hook runs there, leave these layers out."
         )
     handles = []
+    applied: set[UnitLayer] = set()
     try:
         for layer, gate in gates.items():
-            handles.append(layer.reader.register_forward_pre_hook(_hook(layer, gate, caller)))
-        yield
+            hook = _hook(layer, gate, applied, caller)
+            handles.append(layer.reader.register_forward_pre_hook(hook))
+        yield applied
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hook(layer: UnitLayer, gate: Gates, caller: str) -> Callable[[nn.Module, Any], Any]:
+def refuse_idle(layers: Iterable[UnitLayer], applied: set[UnitLayer], caller: str) -> None:
+    """Refuse layers that a forward did not gate, while it gated others."""
+    idle = [layer.name for layer in layers if layer not in applied]
+    if applied and idle:
+        raise RuntimeError(
+            f"{caller}: expected a forward to gate all layers, found that it passes by the readers "
+            f"of {name_some(idle)}: leave these layers out."
+        )
+
+
+def _hook(
+    layer: UnitLayer, gate: Gates, applied: set[UnitLayer], caller: str
+) -> Callable[[nn.Module, Any], Any]:
     def multiply(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not torch.compiler.is_compiling():
+            applied.add(layer)
         return (apply_gates(layer, inputs[0], gate(), caller), *inputs[1:])
 
     return multiply

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_dimap.learning.gates import Units, gated, straight_through
+from torch_dimap.learning.gates import Units, gated, refuse_idle, straight_through
 from torch_dimap.learning.held_cost import HeldCost, stands_still
 from torch_dimap.learning.percentiles import (
     KeptShare,
@@ -113,7 +113,7 @@ class LayerRates(nn.Module):
         self._hard: deque[float] = deque(maxlen=held.shares.maxlen)
         with contextlib.ExitStack() as undo:
             gates = {layer: self._gates_of(i) for i, layer in enumerate(layers)}
-            undo.enter_context(gated(gates, caller))
+            self._applied = undo.enter_context(gated(gates, caller))
             self._undo: contextlib.ExitStack | None = undo.pop_all()
 
     def __enter__(self) -> LayerRates:
@@ -158,7 +158,12 @@ class LayerRates(nn.Module):
         return self.held.penalty(self.soft_share())
 
     def update(self) -> None:
-        """Note a step: the multiplier moves, and both shares are remembered."""
+        """Note a step: the multiplier moves, and both shares are remembered.
+
+        Raises:
+            RuntimeError: if the model passes by some of the layers that read the units.
+        """
+        refuse_idle(self.costs.layers, self._applied, "LayerRates.update()")
         self.held.update(self.soft)
         self._hard.append(self.hard)
 

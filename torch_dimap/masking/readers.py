@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from torch_dimap.masking.layers import pruning_methods
-from torch_dimap.masking.source_code import only_calls, runs_in_sequence
+from torch_dimap.masking.source_code import never_calls, only_calls, runs_in_sequence
 
 
 class Reader(NamedTuple):
@@ -105,6 +105,16 @@ def known_readers(layers: Iterable[nn.Module]) -> list[nn.Module]:
     """Return the modules noted for the layers, each of them once."""
     found = (reader for layer in layers for reader in _READERS.get(layer, ()))
     return list(dict.fromkeys(found))
+
+
+def is_never_called(layer: nn.Module) -> bool:
+    """Say whether the module that holds a layer is known only to read it: no hook of its runs."""
+    return any(
+        never_calls(reader, name)
+        for reader in known_readers([layer])
+        for name, child in reader.named_children()
+        if child is layer
+    )
 
 
 def hold(reader: nn.Module) -> None:

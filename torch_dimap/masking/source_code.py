@@ -100,6 +100,18 @@ def only_calls(module: nn.Module, attribute: str) -> bool:
     return uses is not None and attribute in uses.called - uses.read
 
 
+def never_calls(module: nn.Module, attribute: str) -> bool:
+    """Say whether source code proves that a module does not call a layer by its name.
+
+    Example:
+        >>> never_calls(nn.MultiheadAttention(8, 2), "out_proj")
+        True
+    """
+    members = None if runs_in_sequence(module) else _members(type(module))
+    uses = _uses_of_all(members) if members is not None else None
+    return uses is not None and attribute not in uses.called
+
+
 def runs_in_sequence(module: nn.Module) -> bool:
     """Say whether a module's forward is nn.Sequential's: it calls what it holds."""
     kind = type(module)
