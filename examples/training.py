@@ -24,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from torch_dimap import PruningSchedule
+
 
 @dataclass
 class Training:
@@ -34,6 +36,7 @@ class Training:
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
+    schedule: PruningSchedule | None
     epochs_done: int = 0
     log: list[dict[str, Any]] = field(default_factory=list)  # a row per epoch
 
@@ -49,6 +52,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
+            "schedule": self.schedule.state_dict() if self.schedule else None,
             "epochs_done": self.epochs_done,
             "log": self.log,
         }
@@ -59,6 +63,8 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
+        if self.schedule:
+            self.schedule.load_state_dict(state["schedule"])
         self.epochs_done, self.log = state["epochs_done"], state["log"]
 
 

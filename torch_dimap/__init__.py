@@ -33,6 +33,7 @@ from torch_dimap.files import (
     prune_like,
     save_pruned,
 )
+from torch_dimap.integrations import PruningSchedule
 from torch_dimap.masking import (
     DimapUnstructured,
     builtin_rule,
@@ -54,6 +55,7 @@ __all__ = [
     "FlopCount",
     "Flops",
     "LatencyBudget",
+    "PruningSchedule",
     "Summary",
     "UnitBudget",
     "__version__",
