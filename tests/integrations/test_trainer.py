@@ -112,9 +112,9 @@ def test_two_processes_of_accelerate_come_to_the_masks_of_one(whole, tmp_path):
     root = Path(__file__).parents[2]
     paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--master-port", "0", __file__, str(tmp_path)]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", __file__, str(tmp_path)]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["processes"] == 2 and found["rounds"] == 3

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.nn.utils import prune
+from torch.nn.utils.prune import BasePruningMethod
 
 from torch_dimap.masking import (
     SINGLE_GROUP,
@@ -24,7 +24,7 @@ class Weights(NamedTuple):
     """Groups of layers, whose weights are counted one by one."""
 
     groups: dict[str, list[Layer]]
-    method: Callable[..., prune.BasePruningMethod]
+    method: Callable[..., BasePruningMethod]
 
     def sizes(self) -> dict[str, int]:
         return {g: sum(x.parameter.numel() for x in own) for g, own in self.groups.items()}
@@ -44,7 +44,7 @@ class Units(NamedTuple):
     """Groups of unit layers, whose heads and neurons are counted."""
 
     groups: dict[str, list[UnitLayer]]
-    method: Callable[..., prune.BasePruningMethod]
+    method: Callable[..., BasePruningMethod]
 
     def sizes(self) -> dict[str, int]:
         return {g: sum(layer.units for layer in own) for g, own in self.groups.items()}

@@ -1,4 +1,4 @@
-"""Pruning in rounds while a Lightning ``Trainer`` trains: ``pip install "torch_dimap[lightning]"``."""
+"""Pruning in rounds while a Lightning ``Trainer`` trains: the extra ``[lightning]``."""
 
 from __future__ import annotations
 
