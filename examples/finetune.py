@@ -19,7 +19,6 @@ With --method units OUTPUT/slim.safetensors too: the weights without the units t
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from images import (
     training_loader,
     unlabelled_batches,
 )
-from methods import METHODS, SCORED, UNITS, cubic_schedule, prune_to
+from methods import METHODS, SCORED, UNITS, prunable
 from models import (
     add_model_kwargs_argument,
     add_weights_arguments,
@@ -60,6 +59,7 @@ from training import (
 )
 
 import torch_dimap
+from torch_dimap import PruningSchedule
 
 # What may differ between a run and its resumption: where it runs, not what it computes.
 FREE = ("resume", "output", "data", "device", "workers")
@@ -83,7 +83,7 @@ def parse() -> argparse.Namespace:
         choices=[*(name for name, (_, by) in METHODS.items() if by not in SCORED), UNITS],
         help="what is ranked, and against what (default: dimap)")
     add("--steps", type=int, default=1, metavar="N",
-        help="reach the amount in N rounds over the epochs, along a cubic curve (default: 1)")
+        help="reach the amount in N rounds, epochs / N apart, along a cubic curve (default: 1)")
     add("--reconstruct", type=int, default=0, metavar="N",
         help="refit the kept weights on N training images before the first epoch (default: 0)")
     add("--epochs", type=int, default=30, help="(default: 30)")
@@ -120,25 +120,25 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def pruning_rounds(options: argparse.Namespace) -> dict[int, float]:
-    """Return epoch -> the share of the weights that is gone from its beginning on."""
-    shares = cubic_schedule(options.amount, options.steps) if options.amount else []
-    return {i * options.epochs // options.steps: share for i, share in enumerate(shares)}
+def pruning_schedule(model: nn.Module, options: argparse.Namespace) -> PruningSchedule | None:
+    """Plan the rounds over the epochs; from here on the model has masks. None: stays dense."""
+    if not options.amount:
+        return None
+    every = options.epochs // options.steps
+    parameters, ranking = prunable(model, options.method)
+    return PruningSchedule(
+        parameters, options.amount, end=(options.steps - 1) * every, every=every,
+        pruning_method=ranking,
+    )  # fmt: skip
 
 
-def prune_alike(model: nn.Module, share: float, options: argparse.Namespace, epoch: int) -> None:
-    """Prune in every process, and make sure that all hold the same masks."""
+def prune(schedule: PruningSchedule, epoch: int, options: argparse.Namespace) -> None:
+    """Do the round that is due at an epoch, if any, in all processes alike."""
     set_seeds(options.seed, epoch)  # the same in every process, for --method random
-    prune_to(model, options.method, share)
-    digest = hashlib.sha256()
-    for name, mask in masks(model).items():
-        digest.update(name.encode() + mask.cpu().numpy().tobytes())
-    digests = [digest.hexdigest()]
-    if dist.is_initialized():
-        digests *= dist.get_world_size()
-        dist.all_gather_object(digests, digest.hexdigest())
-    if len(set(digests)) > 1:
-        fail("the processes came to different masks: do all run the same versions and weights?")
+    try:
+        schedule.step(epoch)
+    except RuntimeError as error:
+        fail(str(error))
 
 
 def reconstruct_alike(
@@ -181,18 +181,10 @@ def build(options: argparse.Namespace, classes: int, state: dict | None) -> nn.M
     return model.to(options.device)
 
 
-def prune_first(
-    model: nn.Module, train: Dataset, test: Dataset, options: argparse.Namespace
-) -> None:
-    """Do the first round of pruning, before there is an optimizer."""
-    prune_alike(model, pruning_rounds(options)[0], options, epoch=0)
-    if options.reconstruct:
-        reconstruct_alike(model, train, test, options)
-
-
 def prepare(
-    model: nn.Module, loader: DataLoader, options: argparse.Namespace, state: dict | None
-) -> Training:
+    model: nn.Module, loader: DataLoader, options: argparse.Namespace,
+    schedule: PruningSchedule | None, state: dict | None,
+) -> Training:  # fmt: skip
     """Build what goes by the names and order of the weights of a pruned model."""
     optimizer = create_optimizer_v2(
         model, options.opt, lr=options.lr, weight_decay=options.weight_decay
@@ -205,7 +197,7 @@ def prepare(
     )  # fmt: skip
     scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "float16")
     ema = ModelEmaV3(model, decay=options.ema_decay) if options.ema_decay else None
-    training = Training(model, optimizer, scheduler, scaler, ema)
+    training = Training(model, optimizer, scheduler, scaler, ema, schedule)
     if state:
         training.load_state_dict(state)
     return training
@@ -233,24 +225,24 @@ def run(options: argparse.Namespace) -> None:
     loader = training_loader(train, options, rank, world)
     if updates_per_epoch(loader, options) == 0:
         fail(f"{len(train)} training images fill no step: lower --batch-size or --accumulate.")
-    if state and options.amount:
-        prune_to(model, options.method, 0.0)  # makes room for the state's masks
-    elif options.amount:
-        prune_first(model, train, test, options)
-    training = prepare(model, loader, options, state)
+    schedule = pruning_schedule(model, options)
+    if schedule and not state:
+        prune(schedule, 0, options)
+    if options.reconstruct and not state:
+        reconstruct_alike(model, train, test, options)
+    training = prepare(model, loader, options, schedule, state)
     forward = model if world == 1 else DistributedDataParallel(
         model, device_ids=[torch.cuda.current_device()] if options.device == "cuda" else None
     )  # fmt: skip
     mixup = None
     if options.augmentation == "swin":
         mixup = Mixup(0.8, 1.0, label_smoothing=options.smoothing, num_classes=classes)
-    rounds = pruning_rounds(options)
     about = provenance(options.device)
     top1 = training.log[-1]["top1"] if training.log else float("nan")
     while training.epochs_done < options.epochs:
         epoch = training.epochs_done
-        if epoch in rounds and epoch > 0:
-            prune_alike(model, rounds[epoch], options, epoch)
+        if schedule:
+            prune(schedule, epoch, options)
         loss, top1, speed = run_epoch(
             training, forward, loader, test, options, mixup,
             f"epoch {epoch + 1}/{options.epochs}, top-1 {top1:.2f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -67,6 +68,14 @@ def regroup(model: nn.Module, grouping: str) -> Groups:
     return groups
 
 
+def prunable(model: nn.Module, method: str) -> tuple[Any, type[prune.BasePruningMethod]]:
+    """Return what a method prunes, by group, and the class that ranks it."""
+    if method == UNITS:
+        return torch_dimap.group_units(model), torch_dimap.DimapUnstructured
+    grouping, ranking = METHODS[method]
+    return regroup(model, grouping), RANKINGS[ranking]
+
+
 def prune_to(
     model: nn.Module,
     method: str,
@@ -79,8 +88,7 @@ def prune_to(
     """
     if method == UNITS:
         return mask_units_to(model, amount)
-    grouping, ranking = METHODS[method]
-    groups = regroup(model, grouping)
+    groups, ranking = prunable(model, method)
     counts = {}
     for group, pairs in groups.items():
         total = sum(getattr(module, name).numel() for module, name in pairs)
@@ -88,7 +96,7 @@ def prune_to(
         gone = sum(int((mask == 0).sum()) for mask in masks if mask is not None)
         counts[group] = max(0, round(amount * total) - gone)
     return torch_dimap.global_module_aware_unstructured(
-        groups, RANKINGS[ranking], importance_scores, amount=counts
+        groups, ranking, importance_scores, amount=counts
     )
 
 
@@ -102,14 +110,3 @@ def mask_units_to(model: nn.Module, amount: float) -> dict[str, float]:
         counts[group] = max(0, round(amount * (left + gone)) - gone)
     done = torch_dimap.global_module_aware_structured(groups, counts)
     return {group: kept.threshold for group, kept in done.items()}
-
-
-def cubic_schedule(amount: float, rounds: int) -> list[float]:
-    """Return the share that is gone after each round, rising to ``amount``.
-
-    Source: Zhu and Gupta, "To prune, or not to prune", 2017, arXiv 1710.01878, Eq. 1.
-    """
-    return [
-        amount if i == rounds else amount * (1 - (1 - i / rounds) ** 3)
-        for i in range(1, rounds + 1)
-    ]

@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from torch_dimap import PruningSchedule
+
 
 @dataclass
 class Training:
@@ -37,6 +39,7 @@ class Training:
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
+    schedule: PruningSchedule | None = None
     epochs_done: int = 0
     log: list[dict[str, Any]] = field(default_factory=list)  # a row per epoch
 
@@ -52,6 +55,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
+            "schedule": self.schedule.state_dict() if self.schedule else None,
             "epochs_done": self.epochs_done,
             "log": self.log,
         }
@@ -62,6 +66,8 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
+        if self.schedule:
+            self.schedule.load_state_dict(state["schedule"])
         self.epochs_done, self.log = state["epochs_done"], state["log"]
 
 

@@ -34,6 +34,7 @@ from torch_dimap.files import (
     prune_like,
     save_pruned,
 )
+from torch_dimap.integrations import PruningSchedule
 from torch_dimap.masking import (
     DimapUnstructured,
     builtin_rule,
@@ -55,6 +56,7 @@ __all__ = [
     "FlopCount",
     "Flops",
     "LatencyBudget",
+    "PruningSchedule",
     "Summary",
     "UnitBudget",
     "__version__",

@@ -30,8 +30,8 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="A",
         help="how much goes: with a point or a percent sign, the share of every group (0.55, "
-        "55%%); without, the number of weights in all (40000000); or group by group (qkv=0.3 mlp=50%%), "
-        "where a group that is not named stays as it is",
+        "55%%); without, the number of weights in all (40000000); or group by group (qkv=0.3 "
+        "mlp=50%%), where a group that is not named stays as it is",
     )
     parser.add_argument(
         "--compressed",

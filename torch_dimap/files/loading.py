@@ -137,7 +137,8 @@ def load_pruned(model_or_path, path=None, *, masked=False, unit_rule=None, devic
             _check_hashes(own, {names[name]: item for name, item in pruned.items()}, where)
         read = targets or (entries if masks_alone else ())
         masks = {name: read_mask(entries[name]).to(own[name].device) for name in read}
-        if keeps or replacements:  # the model changes before it is filled: nothing may be left to go wrong
+        if keeps or replacements:
+            # The model changes before it is filled: nothing may be left to go wrong.
             entries = {name: entry_of(read_values(entry)) for name, entry in entries.items()}
         changed = [*(target.module for target in targets.values()), *modules_of(keeps)]
         with all_or_nothing(changed):
