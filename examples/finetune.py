@@ -52,8 +52,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from training import (
     Training,
-    set_seeds,
     run_epoch,
+    set_seeds,
     start_processes,
     updates_per_epoch,
 )
@@ -65,7 +65,7 @@ from torch_dimap import PruningSchedule
 FREE = ("resume", "output", "data", "device", "workers")
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,7 +102,7 @@ def parse() -> argparse.Namespace:
     add("--ema-decay", type=float, default=0.0, metavar="D",
         help="test and save an exponential moving average of the weights (default: 0, off)")
     add("--seed", type=int, default=0, help="(default: 0)")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if not 0 <= options.amount <= 1:
         parser.error(f"--amount must lie between 0 and 1, found {options.amount}")
     if not 1 <= options.steps <= options.epochs:

@@ -76,10 +76,11 @@ class Besides:
     """What a method does in an epoch besides training on the labels."""
 
     around: Callable[[Tensor], AbstractContextManager] = lambda labels: contextlib.nullcontext()
-    teach: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda loss, images, outputs: loss
     penalty: Callable[[], Tensor | float] = lambda: 0.0  # is added to the loss
     after_step: Callable[[], None] = lambda: None
     frozen: bool = False  # the model stays in evaluation mode, and is not tested
+    # What becomes of the loss, for images and outputs.
+    teach: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda loss, images, outputs: loss
 
 
 def start_processes(options: argparse.Namespace) -> tuple[int, int]:
