@@ -37,6 +37,7 @@ from steps import (
     main_of,
     open_job,
     run_steps,
+    save_slim,
     steps_to_do,
     updates,
 )
@@ -235,7 +236,7 @@ def tune(job: Job) -> None:
                                        "lr": options.tune_lr}],
           options.tune_epochs, teacher(job))  # fmt: skip
     if job.rank == 0:
-        torch_dimap.save_pruned(collapse_convolutions(model.eval()), job.file("tune"))
+        save_slim(job, collapse_convolutions(model.eval()), job.file("tune"))
 
 
 STEPS = {

@@ -22,6 +22,7 @@ from models import (
     add_weights_arguments,
     fail,
     load_model,
+    save_model,
     whole_or_not_at_all,
 )
 from provenance import provenance, write_csv
@@ -32,6 +33,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from training import Besides, Training, run_epoch, set_seeds, start_processes, updates_per_epoch
+
+import torch_dimap
 
 # The options that every step's file is made with.
 EVERY = ("model", "model_kwargs", "pretrained", "checkpoint", "random_init", "dataset", "seed",
@@ -188,6 +191,13 @@ def learn(
                               if isinstance(value, float) and value == value)  # fmt: skip
             print(f"{title}: {shown}, {speed:.0f} images/s", flush=True)
     return training
+
+
+def save_slim(job: Job, model: nn.Module, path: Path) -> None:
+    """Write a model that has lost something; one that has lost nothing as it is."""
+    sizes = [sum(x.numel() for x in m.parameters())
+             for m in (model, build(job.options, job.classes))]  # fmt: skip
+    (save_model if sizes[0] == sizes[1] else torch_dimap.save_pruned)(model, path)
 
 
 def steps_to_do(
