@@ -239,7 +239,7 @@ def set_operations(path, operations):
         ({"layers.9.blocks.0.attn": {"heads": 1}}, "'heads' removed from 'layers.9.blocks.0.attn'"),
         ({"": {"heads": 1}}, "'heads' removed from ''"),
         ({"layers.0.blocks.0.attn": {"neurons": 1}}, "'neurons' removed from 'layers.0.blocks"),
-        ({"layers.0.blocks.0.attn": {"skip": 1}}, "'skip' removed from 'layers.0.blocks.0.attn'"),
+        ({"layers.0.blocks.0.attn": {"conv5": 1}}, "'conv5' removed from 'layers.0.blocks.0.attn'"),
         ({"layers.0.blocks.0.attn": {"heads": 3}}, "3 heads of .* between 0 and 2"),
         ({"layers.0.blocks.0.attn": {"heads": 10**30}}, "between 0 and 2"),
         ({"layers.0.blocks.0.attn": {"heads": 0}}, "in one of them only or of another shape"),
