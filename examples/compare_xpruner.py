@@ -16,6 +16,7 @@ What comes after -- goes to xpruner.py. Writes NAME.csv, NAME_deletion.csv and N
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 from pathlib import Path
@@ -36,6 +37,8 @@ from torch_dimap.learning import ClassMasks
 ARMS = ["masks,learned", "dimap,learned", "masks,layer", "masks,kind", "dimap,layer", "dimap,kind",
         "norm,layer", "taylor,layer", "random,layer"]  # fmt: skip
 FEW_ARMS = ["masks,layer", "all_masks,layer", "dimap,layer", "taylor,layer", "random,layer"]
+
+FIGURES = "figures.json"  # what a finished run has found
 
 
 def parse() -> argparse.Namespace:
@@ -80,6 +83,13 @@ def run_step(options: argparse.Namespace, folder: Path, seed: int, *more: object
     return xpruner.run(xpruner.parse([*options.words, *map(str, own)]))
 
 
+def keep(folder: Path, found: dict) -> dict:
+    """Write what was found to a folder, for a second call."""
+    with whole_or_not_at_all(folder / FIGURES, "w") as file:
+        json.dump(found, file)
+    return found
+
+
 def run_arm(
     options: argparse.Namespace, arm: str, target: float, classes: list[int], seed: int,
     dense: float,
@@ -89,6 +99,8 @@ def run_arm(
     tuned = arm in (options.few_tuned if classes else options.tuned)
     folder = options.output / f"seed{seed}" / f"{len(classes) or 'all'}-{score}-{rates}"
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / FIGURES).is_file():
+        return json.loads((folder / FIGURES).read_text())
     for name in ("masks.pth", "masks.safetensors"):
         shutil.copyfile(options.output / f"seed{seed}" / "masks" / name, folder / name)
     more = ["--scores", score, "--rates", rates, "--target", target]
@@ -104,14 +116,14 @@ def run_arm(
         job = run_step(options, folder, seed, "--step", "tune", "--tune-epochs", epochs, *more)
     models = {name: model for name, model in xpruner.models_of(job).items() if name != "dense"}
     found = {row["model"]: row for row in results(models, job.test, job.options)}
-    return {
+    return keep(folder, {
         "seed": seed, "classes": " ".join(map(str, classes)) or "all", "scores": score,
         "rates": rates, "target": target,
         "share": found["pruned"]["multiply-adds, M"] / multiply_adds(job),
         "dense": dense, "one_shot": found["pruned"]["top1"],
         "fine_tuned": found["fine-tuned"]["top1"] if tuned else "",
         "rate_epochs": spent, "tune_epochs": epochs if tuned else "", **job.about,
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def compare(options: argparse.Namespace, seed: int, job: xpruner.Job) -> list[dict]:
@@ -141,15 +153,19 @@ def multiply_adds(job: xpruner.Job) -> float:
     return torch_dimap.count_flops(xpruner.build(job.options, job.classes), image).dense / 1e6
 
 
-def explain(seed: int, job: xpruner.Job) -> tuple[dict, list[dict]]:
+def explain(seed: int, job: xpruner.Job) -> dict:
     """Test the masks of a seed as an explanation."""
+    folder = job.options.output
+    if (folder / FIGURES).is_file():
+        return json.loads((folder / FIGURES).read_text())
     model = xpruner.build(job.options, job.classes).eval()
     loader = probe_loader(job.test, job.options)
     with ClassMasks(model, torch_dimap.group_units(model), job.classes) as masks:
         masks.load_state_dict(load_file(job.file("masks"), device=job.options.device))
         leaks = leakage(model, masks, loader, job.options)
     rows = deletion(model, masks, loader, job.options)
-    return leaks, [{"seed": seed, **row, **job.about} for row in rows]
+    rows = [{"seed": seed, **row, **job.about} for row in rows]
+    return keep(folder, {"leakage": leaks, "deletion": rows})
 
 
 def spread(values: list[float]) -> str:
@@ -194,9 +210,9 @@ def main() -> None:
     for seed in range(options.seed, options.seed + len(options.checkpoints)):
         folder = options.output / f"seed{seed}" / "masks"
         job = run_step(options, folder, seed, "--step", "masks")
-        leaked, fell = explain(seed, job)
-        leaks.append(leaked)
-        falls += fell
+        explained = explain(seed, job)
+        leaks.append(explained["leakage"])
+        falls += explained["deletion"]
         rows += compare(options, seed, job)
         options.results.mkdir(parents=True, exist_ok=True)
         for name, found in (("", rows), ("_deletion", falls)):
