@@ -409,8 +409,8 @@ def test_count_flops_refuses_what_is_not_in_the_model():
         count_flops(model, x, [model[0]])
     with pytest.raises(TypeError, match="parameters must be a mapping.*found int"):
         count_flops(model, x, 3)
-    with pytest.raises(TypeError, match="inputs must be a tensor or a tuple.*found dict"):
-        count_flops(model, {"x": x}, [(model[0], "weight")])
+    with pytest.raises(TypeError, match="inputs must be a tensor or a tuple.*found list"):
+        count_flops(model, [x], [(model[0], "weight")])
     with pytest.raises(TypeError, match="model must be an nn.Module, found list"):
         count_flops([model], x)
     with pytest.raises(ValueError, match="0.weight is on the meta device"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from torch_dimap.accounting.flops import count_flops, weighted_flops
+from torch_dimap.accounting.inputs import Inputs
 from torch_dimap.accounting.smallest import absolute, check_fixed, smallest
 from torch_dimap.masking import (
     Layer,
@@ -42,7 +43,7 @@ class Budget(NamedTuple):
 
 def prune_to_flops(
     model: nn.Module,
-    inputs: Tensor | tuple[Any, ...],
+    inputs: Inputs,
     target: float,
     parameters: Parameters | None = None,
     fixed: Mapping[str, float] | None = None,
@@ -56,7 +57,7 @@ def prune_to_flops(
 
     Args:
         model: the model, pruned in place.
-        inputs: what to call the model with to count FLOPs.
+        inputs: what to call the model with to count FLOPs, as in :func:`count_flops`.
         target: int, multiply-adds for ``inputs``; or float in [0, 1], the fraction of
             the dense model's, all of its layers included.
         parameters: as in :func:`torch_dimap.global_module_aware_unstructured`.

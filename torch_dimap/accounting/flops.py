@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
+from torch_dimap.accounting.inputs import Inputs, arguments_for, called_by_place
 from torch_dimap.accounting.products import Handle, product_handles, refuse_unknown
 from torch_dimap.masking import Layer, Pair, find_layers_in, pruned_tensors, untouched
 
@@ -49,7 +50,7 @@ class FlopCount:
 
 def count_flops(
     model: nn.Module,
-    inputs: Tensor | tuple[Any, ...],
+    inputs: Inputs,
     parameters: Mapping[str, Iterable[Pair]] | Iterable[Pair] | None = None,
     op_handles: Mapping[str, Handle | None] | None = None,
 ) -> FlopCount:
@@ -66,7 +67,8 @@ def count_flops(
 
     Args:
         model: the model; it comes back as it was, also if the count fails.
-        inputs: a tensor, or a tuple of them, to call the model with, on its device.
+        inputs: a tensor, or a tuple of them, to call the model with, on its device; a dict
+            of arguments by name; or the shape of the tensor, such as ``(1, 3, 224, 224)``.
             The counts are for all of it; use a batch of one for FLOPs per image.
         parameters: group -> ``(module, name)`` pairs, or pairs alone, to hold apart
             and to weight by their density. Default: ``group_parameters(model)``.
@@ -92,11 +94,7 @@ def count_flops(
         (40, 24, 16)
     """
     groups = find_layers_in(model, parameters, "count_flops()")
-    if not isinstance(inputs, (Tensor, tuple)):
-        raise TypeError(
-            "count_flops(): inputs must be a tensor or a tuple to call the model with, "
-            f"found {type(inputs).__name__}."
-        )
+    inputs = arguments_for(model, inputs, "count_flops()")
     layers = [layer for members in groups.values() for layer in members]
     total, dense = _trace(model, inputs, layers, op_handles or {})
     kept = {layer.label: int(layer.weight.count_nonzero()) for layer in layers}
@@ -120,7 +118,7 @@ def weighted_flops(flops: int, kept: int, weights: int) -> int:
     return (2 * flops * kept + weights) // (2 * weights) if weights else 0
 
 
-def flops_by_module(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Counter[str]:
+def flops_by_module(model: nn.Module, inputs: Any) -> Counter[str]:
     """Count the multiply-adds of a dense forward by module, "" being the model itself."""
     return _analyse(model, inputs, [], {}).by_module()
 
@@ -152,11 +150,11 @@ def _analyse(
         from fvcore.nn import FlopCountAnalysis
 
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: it cannot be traced
-    with untouched(model):
+    with untouched(model), called_by_place(model, inputs) as placed:
         for layer in pruned_tensors(model, "count_flops()"):
             # For parents that read the tensor before any hook has made it anew.
             vars(layer.module)[layer.name] = layer.parameter
-        analysis = FlopCountAnalysis(model, inputs)
+        analysis = FlopCountAnalysis(model, placed)
         analysis.set_op_handle(**{**product_handles(model, layers), **op_handles})
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         analysis.total()  # traces now, and keeps the counts

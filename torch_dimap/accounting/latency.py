@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torch_dimap.accounting.inputs import Inputs, arguments_for
 from torch_dimap.accounting.smallest import smallest
 from torch_dimap.accounting.timing import compare_times
 from torch_dimap.accounting.unit_budgets import Search, Units, plan_search
@@ -45,7 +46,7 @@ class LatencyBudget(NamedTuple):
 
 def prune_units_to_latency(
     model: nn.Module,
-    inputs: Tensor | tuple[Any, ...],
+    inputs: Inputs,
     target: float | datetime.timedelta,
     device: torch.device | str | None = None,
     units: Units | None = None,
@@ -66,7 +67,7 @@ def prune_units_to_latency(
 
     Args:
         model: the model, masked in place.
-        inputs: a tensor, or a tuple of them, to call the model with.
+        inputs: what to call the model with, as in :func:`torch_dimap.count_flops`.
         target: float in [0, 1], the fraction of the dense model's time, which is that of
             the model before the call, without its masks and with all its units; or a
             ``datetime.timedelta``, the time of a forward.
@@ -98,11 +99,7 @@ def prune_units_to_latency(
             f"{CALL}: model must be a plain module, found one from torch.compile, whose copies "
             "would be timed without it: pass the module that it wraps."
         )
-    if not isinstance(inputs, (Tensor, tuple)):
-        raise TypeError(
-            f"{CALL}: inputs must be a tensor or a tuple to call the model with, "
-            f"found {type(inputs).__name__}."
-        )
+    inputs = arguments_for(model, inputs, CALL)
     listed = group_units(model) if units is None else units
     plan = plan_units(listed, importance_scores, minimum, multiple, DimapUnstructured, CALL)
     search = plan_search(plan, fixed, STEPS)
@@ -149,12 +146,11 @@ def _refuse_unless(met: bool, search: Search, seconds: float, parts: int, dense:
 
 
 def _start(
-    model: nn.Module, inputs: Tensor | tuple[Any, ...], device: Any, search: Search
+    model: nn.Module, inputs: Tensor | tuple | dict[str, Any], device: Any, search: Search
 ) -> tuple[Callable[..., int], float]:
     """Return what measures a step, in millionths of the dense time, and that in seconds."""
     place = next(model.parameters()).device if device is None else torch.device(device)
-    given = inputs if isinstance(inputs, tuple) else (inputs,)
-    moved = tuple(x.to(place) if isinstance(x, Tensor) else x for x in given)
+    moved = _moved(inputs, place)
     dense = slim_copy(model, {}).to(place).eval()
 
     def compare(step: int) -> tuple[float, float]:
@@ -172,6 +168,14 @@ def _start(
         return known[kept]
 
     return measure, seconds
+
+
+def _moved(inputs: Tensor | tuple | dict[str, Any], place: torch.device) -> tuple | dict[str, Any]:
+    """Put what a model is called with on a device."""
+    if isinstance(inputs, dict):
+        return dict(zip(inputs, _moved(tuple(inputs.values()), place)))
+    listed = (inputs,) if isinstance(inputs, Tensor) else inputs
+    return tuple(x.to(place) if isinstance(x, Tensor) else x for x in listed)
 
 
 def _kept(search: Search, step: int) -> tuple[int, ...]:

@@ -132,11 +132,14 @@ def _credit(model: nn.Module, layers: list[Layer]) -> Callable[..., Counter]:
             return frozenset(filter(None, [by_id.get(states[index])]))
         if node.kind() == "aten::size":  # a shape holds no data
             return frozenset()
-        parts = [weights(x) for x in node.inputs()]
-        if None in parts:
-            return None
+        parts: list[frozenset[Layer]] = []
+        for x in node.inputs():  # activations come first as a rule, and settle it
+            part = weights(x)
+            if part is None:
+                return None
+            parts.append(part)
         # What a product gives is no weight any more; its own FLOPs are booked.
-        return frozenset().union(*(part or () for part in parts if node.kind() not in _BOOKED))
+        return frozenset() if node.kind() in _BOOKED else frozenset().union(*parts)
 
     def credit(operator: str, flops: int, *operands: Any) -> Counter:
         listed = frozenset().union(*(weights(x) or () for x in operands))

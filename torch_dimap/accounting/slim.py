@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from torch_dimap.accounting.flops import FlopCount, count_flops
+from torch_dimap.accounting.inputs import Inputs
 from torch_dimap.masking import Pair, snapshot
 from torch_dimap.units import UnitCount, count_units, cut_units, list_units
 
@@ -40,7 +41,7 @@ def _tensors(model: nn.Module, count: UnitCount) -> Iterable[Pair]:
 
 def count_slim_flops(
     model: nn.Module,
-    inputs: Tensor | tuple[Any, ...],
+    inputs: Inputs,
     parameters: Mapping[str, Iterable[Pair]],
 ) -> FlopCount:
     """Count the multiply-adds that a model will have once its dead units are removed.

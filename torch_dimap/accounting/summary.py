@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from torch_dimap.accounting.flops import Flops, count_flops
+from torch_dimap.accounting.inputs import Inputs, shapes_in
 from torch_dimap.accounting.slim import UnitsLeft, count_slim_flops, units_of_tensors
 from torch_dimap.accounting.table import Row, Summary, by
 from torch_dimap.accounting.thresholds import check_thresholds
@@ -27,7 +28,7 @@ SLIM_NOTE = (
 
 def summarize(
     model: nn.Module,
-    inputs: Tensor | tuple[Any, ...] | None = None,
+    inputs: Inputs | None = None,
     parameters: Mapping[str, Iterable[Pair]] | Iterable[Pair] | None = None,
     thresholds: Mapping[str, float] | None = None,
 ) -> Summary:
@@ -90,7 +91,7 @@ def summarize(
         flops=flops and Flops(*map(sum, zip(*flops.groups.values()))),
         slim_flops=slim and sum(of_group.dense for of_group in slim.groups.values()),
     )
-    note = "" if inputs is None else NOTE.format(inputs=_shapes(inputs))
+    note = "" if inputs is None else NOTE.format(inputs=" and ".join(map(by, shapes_in(inputs))))
     return Summary(
         layers=layers,
         groups=[
@@ -157,8 +158,3 @@ def _total(name: str, rows: list[Row], **fields: Any) -> Row:
         dead_columns=sum(row.dead_columns for row in rows),
         **fields,
     )
-
-
-def _shapes(inputs: Tensor | tuple[Any, ...]) -> str:
-    tensors = [inputs] if isinstance(inputs, Tensor) else inputs
-    return " and ".join(by(x.shape) for x in tensors if isinstance(x, Tensor))

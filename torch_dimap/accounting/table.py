@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import os
 from collections.abc import Iterable
@@ -33,6 +34,13 @@ _COLUMNS = {
     "units_kept": ("units kept", ",d"),
     "slim_flops": ("slim MFLOPs", ",.1f"),
 }
+_WIDTH = 120  # of a table in a terminal
+_NAME = 44  # of a layer in it
+# What a table that is too wide does without, in this order; the other forms have all columns.
+_LESS = ("share_of_all", "share_of_flops", "dead_columns", "dead_rows", "share_of_prunable",
+         "zeros", "uniform_flops", "shape", "units", "threshold")  # fmt: skip
+_BRIEF = ("name", "weights", "density", "threshold", "dense_flops", "masked_flops", "units_kept",
+          "slim_flops")  # fmt: skip
 _MEGA = ("dense_flops", "masked_flops", "uniform_flops", "slim_flops")
 
 
@@ -78,7 +86,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """What :func:`summarize` found; ``str()`` gives an aligned table.
+    """What :func:`summarize` found; ``str()`` gives an aligned table, a notebook a short one.
 
     Attributes:
         layers: a :class:`Row` for each layer, group by group.
@@ -95,16 +103,42 @@ class Summary:
     note: str
 
     def __str__(self) -> str:
-        """Return a table for people: aligned, sections apart, with its note."""
-        lines = aligned(self._cells(), left=3)
+        """Return a table for people: aligned, sections apart, at most 120 columns wide.
+
+        Columns that do not fit are left out, and long names are cut in their middle; the
+        other forms have all of it.
+        """
+        shown, left_out = self._columns(), []
+        lines = self._lines(shown)
+        for key in (key for key in _LESS if key in shown):
+            if max(map(len, lines)) <= _WIDTH:
+                break
+            left_out.append(_COLUMNS[key][0])
+            shown = [column for column in shown if column != key]
+            lines = self._lines(shown)
         rule = "-" * max(map(len, lines))
         for last in (len(self.layers) + len(self.groups), len(self.layers), 0):
             lines.insert(last + 1, rule)
-        return "\n".join([*lines, rule, self.note] if self.note else lines)
+        notes = [self.note] if self.note else []
+        if left_out:
+            notes.append(f"not shown, in to_markdown() and to_csv(): {', '.join(left_out)}")
+        return "\n".join([*lines, rule, *notes] if notes else lines)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: groups and totals, and the layers to unfold."""
+        shown = [key for key in self._columns() if key in _BRIEF]
+        totals = self._cells([*self.groups, self.prunable, self.model], shown)
+        layers = self._cells(self.layers, [key for key in shown if key != "threshold"])
+        count = f"{len(self.layers):,} layer{'s' if len(self.layers) != 1 else ''}"
+        note = f"<p><small>{html.escape(self.note)}</small></p>" if self.note else ""
+        return (
+            f"{_html_table(totals)}<details><summary>{count}</summary>{_html_table(layers)}"
+            f"</details>{note}"
+        )
 
     def to_markdown(self) -> str:
         """Return the same as a Markdown table, with its note below."""
-        table = markdown(self._cells(), left=3)
+        table = markdown(self._cells(self._rows(), self._columns()), left=3)
         return f"{table}\n\n{self.note}" if self.note else table
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +176,9 @@ class Summary:
             "shape": row.shape and list(row.shape),
             "weights": row.weights,
             "share_of_prunable": (
-                None if row is self.model else row.weights / max(1, self.prunable.weights)
+                None
+                if (row.level, row.name) == (self.model.level, self.model.name)
+                else row.weights / max(1, self.prunable.weights)
             ),
             "share_of_all": row.weights / max(1, self.model.weights),
             "zeros": row.zeros,
@@ -159,14 +195,23 @@ class Summary:
             "slim_flops": row.slim_flops,
         }
 
-    def _cells(self) -> list[list[str]]:
-        """Return header and rows as text, without the columns that say nothing."""
+    def _columns(self) -> list[str]:
+        """Return the keys of the columns that say something."""
         records = [self._record(row) for row in self._rows()]
-        shown = [key for key in _COLUMNS if any(record[key] is not None for record in records)]
+        return [key for key in _COLUMNS if any(record[key] is not None for record in records)]
+
+    def _cells(self, rows: Iterable[Row], shown: list[str]) -> list[list[str]]:
+        """Return header and rows as text."""
+        records = [self._record(row) for row in rows]
         return [
             [_COLUMNS[key][0] for key in shown],
             *([_cell(key, record[key]) for key in shown] for record in records),
         ]
+
+    def _lines(self, shown: list[str]) -> list[str]:
+        rows = [row._replace(name=_shortened(row.name)) for row in self._rows()]
+        left = sum(key in ("name", "group", "shape") for key in shown)
+        return aligned(self._cells(rows, shown), left)
 
 
 def _cell(key: str, value: Any) -> str:
@@ -175,6 +220,22 @@ def _cell(key: str, value: Any) -> str:
     if key == "shape":
         return by(value)
     return format(value / 1e6 if key in _MEGA else value, _COLUMNS[key][1])
+
+
+def _shortened(name: str) -> str:
+    """Cut the middle out of a long name: its beginning and its end tell the layer."""
+    if len(name) <= _NAME:
+        return name
+    half = (_NAME - 1) // 2
+    return f"{name[: _NAME - 1 - half]}…{name[-half:]}"
+
+
+def _html_table(cells: list[list[str]]) -> str:
+    """Return a plain table, whose looks are the notebook's."""
+    header, *rows = [[html.escape(cell) for cell in row] for row in cells]
+    lines = [f"<th>{'</th><th>'.join(header)}</th>"]
+    lines += [f"<td>{'</td><td>'.join(row)}</td>" for row in rows]
+    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
 
 
 def by(shape: Iterable[int] | None) -> str:

@@ -14,19 +14,22 @@ SECONDS = 0.5  # a comparison goes on for so long,
 ROUNDS = (11, 100)  # but for so many rounds at the least and at the most
 
 
-def forward_seconds(model: nn.Module, inputs: tuple[Any, ...], device: torch.device) -> float:
+Arguments = tuple[Any, ...] | dict[str, Any]
+
+
+def forward_seconds(model: nn.Module, inputs: Arguments, device: torch.device) -> float:
     """Run one forward, and return how long it took until the device was done."""
     wait: Callable[[], None] = getattr(torch, device.type).synchronize
     with torch.inference_mode():
         wait()
         start = time.perf_counter()
-        model(*inputs)
+        model(**inputs) if isinstance(inputs, dict) else model(*inputs)
         wait()
         return time.perf_counter() - start
 
 
 def compare_times(
-    model: nn.Module, reference: nn.Module, inputs: tuple[Any, ...], device: torch.device
+    model: nn.Module, reference: nn.Module, inputs: Arguments, device: torch.device
 ) -> tuple[float, float]:
     """Measure one model against another, round by round, one forward of each.
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from torch_dimap.accounting.inputs import Inputs
 from torch_dimap.accounting.smallest import absolute, check_fixed, smallest
 from torch_dimap.accounting.unit_flops import count_savings, count_unit_flops
 from torch_dimap.masking import DimapUnstructured
@@ -42,7 +43,7 @@ class UnitBudget(NamedTuple):
 
 def prune_units_to_flops(
     model: nn.Module,
-    inputs: Tensor | tuple[Any, ...],
+    inputs: Inputs,
     target: float,
     units: Units | None = None,
     fixed: Mapping[str, float] | None = None,
@@ -61,7 +62,8 @@ def prune_units_to_flops(
 
     Args:
         model: the model, masked in place.
-        inputs: what to call the model with to count multiply-adds.
+        inputs: what to call the model with to count multiply-adds, as in
+            :func:`torch_dimap.count_flops`.
         target: int, multiply-adds for ``inputs``; or float in [0, 1], the fraction of
             those of the model before the call, with units in it that are only masked.
         units: as in :func:`torch_dimap.global_module_aware_structured`. Default:

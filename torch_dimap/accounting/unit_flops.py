@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_dimap.accounting.flops import flops_by_module
+from torch_dimap.accounting.inputs import Inputs, arguments_for
 from torch_dimap.masking import pruning_methods, remove_all, snapshot
 from torch_dimap.units import UnitLayer, cut_units
 
 
 def count_unit_flops(
     model: nn.Module,
-    inputs: Tensor | tuple[Any, ...],
+    inputs: Inputs,
     layers: Iterable[UnitLayer],
     caller: str = "count_unit_flops()",
 ) -> tuple[int, list[UnitLayer]]:
@@ -37,7 +37,7 @@ def count_unit_flops(
         The multiply-adds of the whole model, and the layers with ``multiply_adds`` set.
 
     Raises:
-        TypeError: for ``inputs`` that are neither a tensor nor a tuple.
+        TypeError: for ``inputs`` that no model can be called with.
         ValueError: for a layer of another model.
         NotImplementedError: if multiply-adds cannot be counted.
     """
@@ -48,17 +48,13 @@ def count_unit_flops(
 
 def count_savings(
     model: nn.Module,
-    inputs: Tensor | tuple[Any, ...],
+    inputs: Inputs,
     keeps: Mapping[UnitLayer, Tensor],
     caller: str,
 ) -> tuple[int, dict[UnitLayer, int]]:
     """Count a model's multiply-adds, and how many each layer saves if it keeps only so much."""
     names = names_in(model, keeps, caller)
-    if not isinstance(inputs, (Tensor, tuple)):
-        raise TypeError(
-            f"{caller}: inputs must be a tensor or a tuple to call the model with, "
-            f"found {type(inputs).__name__}."
-        )
+    inputs = arguments_for(model, inputs, caller)
     whole = flops_by_module(model, inputs)
     fewer = flops_by_module(slim_copy(model, keeps), inputs)
     saved = [whole[name] - fewer[name] for name in names]
