@@ -89,16 +89,17 @@ def measure_model(model: str, folder: Path, seed: int) -> list[dict]:
 
 
 def make_file(path: Path, gigabytes: float, seed: int) -> None:
-    """Write the blocks of a plain vision transformer, float32, random."""
+    """Write the blocks of a plain vision transformer, random."""
     import safetensors.torch
 
     generator = torch.Generator().manual_seed(seed)
     shapes = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
-    blocks = max(1, round(gigabytes * 1e9 / (12 * WIDTH**2 * 4)))
+    dtype = torch.bfloat16 if ".bfloat16" in path.suffixes else torch.float32
+    blocks = max(1, round(gigabytes * 1e9 / (12 * WIDTH**2 * dtype.itemsize)))
     state = {
-        f"blocks.{i}.{name}.weight": 0.01 * (1 + i % 7) * torch.randn(
+        f"blocks.{i}.{name}.weight": (0.01 * (1 + i % 7) * torch.randn(
             rows * WIDTH, columns * WIDTH, generator=generator
-        )
+        )).to(dtype)
         for i in range(blocks)
         for name, (rows, columns) in shapes.items()
     }  # fmt: skip
@@ -113,6 +114,7 @@ def copy(source: Path, target: Path) -> None:
         os.fsync(new.fileno())
 
 
+FORMATS = ["safetensors", "pth", "bfloat16.safetensors"]
 FILE_KINDS: dict[str, Callable[[Path, Path], object]] = {
     "copy": copy,
     "prune_checkpoint": lambda source, target: torch_dimap.prune_checkpoint(source, target, AMOUNT),
@@ -196,8 +198,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="Swin-B", metavar="MODEL",
         help=f"of {', '.join(SWINS)}, or any timm name (default: Swin-B)")  # fmt: skip
     add("--gigabytes", type=float, default=2.0, help="size of the large file (default: 2)")
-    add("--formats", nargs="+", choices=["safetensors", "pth"], default=["safetensors", "pth"],
-        help="of the large file (default: both)")  # fmt: skip
+    add("--formats", nargs="+", choices=FORMATS, default=FORMATS,
+        help="of the large file; float32, but for the last (default: all)")  # fmt: skip
     add("--repeats", type=int, default=5, help="rounds (default: 5)")
     add("--seed", type=int, default=0, help="of the random weights (default: 0)")
     add("--folder", type=Path, metavar="DIR",
