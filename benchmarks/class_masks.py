@@ -81,10 +81,15 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in zip(own, seconds["frozen"]))
         lines.append(f"| {name} | {statistics.median(own):.3f} | {ratio:.3f} |")
     size = sum(mask.nbytes for mask in masks.parameters()) / 1e6
-    lines += ["", f"{options.model}, {masks.num_classes} classes, batch {options.batch}; medians of "
-              f"{options.repeats} rounds. The masks take {size:.1f} MB, their gradients as much, and "
-              "AdamW's state twice as much.", "", f"`{about['command']}`, on {about['machine']}, "
-              f"torch {about['torch']}, timm {about['timm']}, commit {about['commit']}."]  # fmt: skip
+    lines += [
+        "",
+        f"{options.model}, {masks.num_classes} classes, batch {options.batch}; medians of "
+        f"{options.repeats} rounds. The masks take {size:.1f} MB, their gradients as much, and "
+        "AdamW's state twice as much.",
+        "",
+        f"`{about['command']}`, on {about['machine']}, torch {about['torch']}, timm "
+        f"{about['timm']}, commit {about['commit']}.",
+    ]
     options.output.mkdir(parents=True, exist_ok=True)
     with open(options.output / "class_masks.csv", "w", newline="") as file:
         write_csv([{**row, **about} for row in rows], file)
