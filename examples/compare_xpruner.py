@@ -29,6 +29,7 @@ from models import fail, whole_or_not_at_all
 from provenance import write_csv
 from safetensors.torch import load_file
 from tqdm import tqdm
+from xpruner_options import parse as parse_xpruner
 from xpruner_report import as_table, results, top1
 
 import torch_dimap
@@ -80,7 +81,7 @@ def run_step(options: argparse.Namespace, folder: Path, seed: int, *more: object
     """Run xpruner.py in this process, as far as its folder does not hold the results already."""
     own = ["--checkpoint", options.checkpoints[seed - options.seed], "--output", folder,
            "--seed", seed, "--resume", *more]  # fmt: skip
-    return xpruner.run(xpruner.parse([*options.words, *map(str, own)]))
+    return xpruner.run(parse_xpruner(__doc__, [*options.words, *map(str, own)]))
 
 
 def keep(folder: Path, found: dict) -> dict:

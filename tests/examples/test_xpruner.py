@@ -19,14 +19,20 @@ import xpruner_figures
 from conftest import make_swin, make_vit
 from safetensors.torch import load_file
 from small_swin import KWARGS, SMALL, SWIN
+from timm.models.swin_transformer import window_partition
 
 import torch_dimap
-from torch_dimap.learning import ClassMasks, gated
+from torch_dimap.learning import ClassMasks
 
 RECIPE = ["--mask-epochs", 2, "--rate-epochs", 3, "--tune-epochs", 1, "--batch-size", 8,
           "--workers", 0, "--device", "cpu", "--amp", "none", "--augmentation", "none",
           "--threshold-lr", 0.3]  # fmt: skip
 PRODUCTS = ["masks.safetensors", "pruned.safetensors", "slim.safetensors"]
+
+
+def any_options():
+    return xpruner.parse("", "any --random-init --data any --output any --device cpu".split()
+                         + ["--amp", "none"])  # fmt: skip
 
 
 def words(data, output, *more):
@@ -159,21 +165,24 @@ def test_comparison_cuts_all_arms_to_one_cost(data, whole, tmp_path, monkeypatch
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
-def test_two_processes_go_through_all_steps(data, tmp_path):
+def test_two_processes_learn_what_one_does(data, tmp_path, one_thread):
+    xpruner.main(words(data, tmp_path / "one", "--probe-images", 0))
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
            str(Path(xpruner.__file__)),
-           *words(data, tmp_path / "out", "--batch-size", 4, "--probe-images", 0)]  # fmt: skip
+           *words(data, tmp_path / "two", "--batch-size", 4, "--probe-images", 0)]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(Path(torch_dimap.__file__).parent.parent),
                    "OMP_NUM_THREADS": "1"}  # fmt: skip
     subprocess.run(run, env=environment, check=True, capture_output=True, timeout=280)
-    assert all((tmp_path / "out" / name).is_file() for name in PRODUCTS)
+    one, two = (rows(tmp_path / name / "log.csv") for name in ("one", "two"))
+    for alone, both in zip(one, two, strict=True):  # the same images in every step
+        assert float(alone["loss"]) == pytest.approx(float(both["loss"]), rel=1e-4)
+    assert all((tmp_path / "two" / name).is_file() for name in PRODUCTS)
 
 
 def test_leakage_counts_what_follows_the_labels(images):
     """Masks that hide all but one class's path are followed always."""
     model = make_vit().eval()
-    options = xpruner.parse(["any", "--random-init", "--data", "any", "--output", "any",
-                             "--device", "cpu", "--amp", "none"])  # fmt: skip
+    options = any_options()
 
     class Echo(torch.nn.Module):
         """Says what label the masks were given."""
@@ -203,8 +212,7 @@ def test_deletion_finds_the_units_that_carry_a_class():
     """Toy masks that name, for each class, a unit of its own."""
     model = make_vit().eval()
     layer = torch_dimap.group_units(model)["neurons"][0]
-    options = xpruner.parse(["any", "--random-init", "--data", "any", "--output", "any",
-                             "--device", "cpu", "--amp", "none"])  # fmt: skip
+    options = any_options()
 
     class Toy(torch.nn.Module):
         """Knows a class as long as the neuron of its number is there."""
@@ -234,12 +242,21 @@ def test_deletion_finds_the_units_that_carry_a_class():
 
 
 @pytest.mark.parametrize("make", [make_vit, make_swin])
-def test_attention_maps_lie_where_the_patches_do(make, images):
-    """A patch whose key stands out gets the attention of the heads."""
+def test_attention_maps_add_up_to_what_the_queries_give(make, images):
     model = make().eval()
+    before = [getattr(module, "fused_attn", None) for module in model.modules()]
     for layer in torch_dimap.group_units(model)["heads"]:
         found = xpruner_figures.attention_map(model, layer, images[0])
-        assert found.shape[0] == layer.units and found.shape[1] == found.shape[2]
-        with gated({}):
-            assert found.min() >= 0
-    assert all(getattr(m, "fused_attn", True) for m in model.modules())
+        assert found.shape == (layer.units, *[4 if make is make_vit else found.shape[1]] * 2)
+        if make is make_swin:  # every query of a window gives 1 in all, over its 16 keys
+            torch.testing.assert_close(found.mean((1, 2)), torch.full((layer.units,), 1 / 16))
+    assert [getattr(module, "fused_attn", None) for module in model.modules()] == before
+
+
+def test_windows_go_back_to_where_they_were():
+    for block in make_swin().layers[0].blocks:
+        height, width = block.input_resolution
+        places = torch.arange(height * width).float().view(1, height, width, 1)
+        shifted = places.roll(tuple(-s for s in block.shift_size), dims=(1, 2))
+        windows = window_partition(shifted, block.window_size).view(-1, 1, block.window_area)
+        assert torch.equal(xpruner_figures._from_windows(windows, block), places[..., 0])
