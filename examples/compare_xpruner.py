@@ -21,6 +21,7 @@ import shutil
 import statistics
 from pathlib import Path
 
+import steps
 import torch
 import xpruner
 from faithfulness import deletion, leakage, probe_loader, summarize_deletion
@@ -29,7 +30,6 @@ from models import fail, whole_or_not_at_all
 from provenance import write_csv
 from safetensors.torch import load_file
 from tqdm import tqdm
-from xpruner_options import parse as parse_xpruner
 from xpruner_report import as_table, results, top1
 
 import torch_dimap
@@ -77,11 +77,11 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def run_step(options: argparse.Namespace, folder: Path, seed: int, *more: object) -> xpruner.Job:
+def run_step(options: argparse.Namespace, folder: Path, seed: int, *more: object) -> steps.Job:
     """Run xpruner.py in this process, as far as its folder does not hold the results already."""
     own = ["--checkpoint", options.checkpoints[seed - options.seed], "--output", folder,
            "--seed", seed, "--resume", *more]  # fmt: skip
-    return xpruner.run(parse_xpruner(__doc__, [*options.words, *map(str, own)]))
+    return xpruner.run(xpruner.parse([*options.words, *map(str, own)]))
 
 
 def keep(folder: Path, found: dict) -> dict:
@@ -127,7 +127,7 @@ def run_arm(
     })  # fmt: skip
 
 
-def compare(options: argparse.Namespace, seed: int, job: xpruner.Job) -> list[dict]:
+def compare(options: argparse.Namespace, seed: int, job: steps.Job) -> list[dict]:
     """Return a row for every arm, of all classes and of few."""
     rows: list[dict] = []
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +138,7 @@ def compare(options: argparse.Namespace, seed: int, job: xpruner.Job) -> list[di
     with bar:
         for classes, arms, target in plans:
             test = only_classes(job.test, classes) if classes else job.test
-            dense = top1(xpruner.build(job.options, job.classes), test, job.options)
+            dense = top1(steps.build(job.options, job.classes), test, job.options)
             for i, arm in enumerate(arms):
                 row = run_arm(options, arm, target, classes, seed, dense)
                 rows.append(row)
@@ -148,18 +148,18 @@ def compare(options: argparse.Namespace, seed: int, job: xpruner.Job) -> list[di
     return rows
 
 
-def multiply_adds(job: xpruner.Job) -> float:
+def multiply_adds(job: steps.Job) -> float:
     """Return the millions of them that the dense model takes for an image."""
     image = job.test[0][0][None].to(job.options.device)
-    return torch_dimap.count_flops(xpruner.build(job.options, job.classes), image).dense / 1e6
+    return torch_dimap.count_flops(steps.build(job.options, job.classes), image).dense / 1e6
 
 
-def explain(seed: int, job: xpruner.Job) -> dict:
+def explain(seed: int, job: steps.Job) -> dict:
     """Test the masks of a seed as an explanation."""
     folder = job.options.output
     if (folder / FIGURES).is_file():
         return json.loads((folder / FIGURES).read_text())
-    model = xpruner.build(job.options, job.classes).eval()
+    model = steps.build(job.options, job.classes).eval()
     loader = probe_loader(job.test, job.options)
     with ClassMasks(model, torch_dimap.group_units(model), job.classes) as masks:
         masks.load_state_dict(load_file(job.file("masks"), device=job.options.device))

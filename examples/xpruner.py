@@ -20,25 +20,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-from images import only_classes, open_splits, set_transforms, training_loader
-from models import fail, load_model, save_model, whole_or_not_at_all
-from provenance import provenance, write_csv
-from resuming import claim_new, kept_options, read_state
+from images import only_classes, training_loader
+from models import save_model
 from safetensors.torch import load_file
-from timm.data import Mixup
-from timm.scheduler import StepLRScheduler, create_scheduler_v2
+from steps import (
+    Job,
+    Step,
+    add_common_arguments,
+    build,
+    check_common_arguments,
+    learn,
+    main_of,
+    open_job,
+    run_steps,
+    save_slim,
+    steps_to_do,
+)
+from timm.utils import ParseKwargs
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
-from training import Besides, Training, run_epoch, set_seeds, start_processes, updates_per_epoch
+from training import Besides, set_seeds
 from unit_scores import SCORES
-from xpruner_options import PRODUCTS, free_of, needs_masks, parse
 from xpruner_report import report
 
 import torch_dimap
@@ -51,103 +53,52 @@ from torch_dimap.learning import (
 )
 
 
-class Job(NamedTuple):
-    """What all steps share."""
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_arguments(parser, STEPS)
+    add = parser.add_argument
+    add("--target", type=float, default=0.6, metavar="A",
+        help="the share of the multiply-adds to keep, 0 to 1 (default: 0.6)")
+    add("--classes", type=int, nargs="+", metavar="C",
+        help="prune and tune for these classes alone, by their numbers (default: all)")
+    add("--mask-epochs", type=int, default=20, metavar="N", help="(default: 20)")
+    add("--mask-lr", type=float, default=1e-2, metavar="LR", help="(default: 1e-2)")
+    add("--penalties", nargs="*", action=ParseKwargs, default={"squares": 1e-4},
+        metavar="NAME=W", help="on the masks: squares, norms, unit_laplacian, class_difference, "
+        "class_mean, with their weights (default: squares=1e-4)")
+    add("--scores", choices=["masks", "all_masks", *SCORES], default="masks",
+        help="what ranks the units: masks, of --classes; all_masks, of all classes; the others "
+        "are to compare with (default: masks)")
+    add("--rates", choices=["learned", "layer", "kind"], default="learned",
+        help="learned, or without training one rate for every layer or one ranking of each kind "
+        "of unit (default: learned)")
+    add("--rate-epochs", type=int, default=20, metavar="N",
+        help="at most; learned rates that stand still end the step (default: 20)")
+    add("--rate-lr", type=float, default=5e-4, metavar="LR", help="of weights (default: 5e-4)")
+    add("--threshold-lr", type=float, default=0.05, metavar="LR", help="(default: 0.05)")
+    add("--beta", type=float, default=20.0, metavar="B",
+        help="the weight of the squared distance from the target (default: 20)")
+    add("--eta", type=float, default=0.05, metavar="E",
+        help="the step of the multiplier that holds the target (default: 0.05)")
+    add("--tune-epochs", type=int, default=10, metavar="N", help="(default: 10)")
+    add("--tune-lr", type=float, default=5e-4, metavar="LR", help="the first (default: 5e-4)")
+    add("--probe-images", type=int, default=2000, metavar="N",
+        help="test images for the tests of faithfulness; 0 leaves them out (default: 2000)")
+    options = parser.parse_args(words)
+    check_common_arguments(parser, options)
+    if not 0 < options.target < 1:
+        parser.error(f"--target must lie between 0 and 1, found {options.target}")
+    if min(options.mask_epochs, options.rate_epochs) < 1:
+        parser.error("--mask-epochs and --rate-epochs must be at least 1")
+    if min(options.tune_epochs, options.probe_images) < 0:
+        parser.error("--tune-epochs and --probe-images must be 0 or more")
+    return options
 
-    options: argparse.Namespace
-    train: Dataset
-    test: Dataset
-    classes: int
-    rank: int
-    world: int
-    about: dict[str, str]
 
-    def file(self, step: str) -> Path:
-        """Return where a step puts what it makes."""
-        return self.options.output / PRODUCTS[step]
-
-
-def open_job(options: argparse.Namespace) -> Job:
-    rank, world = start_processes(options)
-    train, test, classes = open_splits(options)
-    model = build(options, classes)
-    set_transforms(train, test, model, options, options.augmentation, options.scale)
-    if options.classes:
-        train, test = (only_classes(data, options.classes) for data in (train, test))
-    return Job(options, train, test, classes, rank, world, provenance(options.device))
-
-
-def build(options: argparse.Namespace, classes: int) -> nn.Module:
-    """Return the dense model."""
-    set_seeds(options.seed)
-    return load_model(
-        options.model, pretrained=options.pretrained, checkpoint=options.checkpoint,
-        num_classes=classes, **options.model_kwargs,
-    ).to(options.device)  # fmt: skip
-
-
-def learn(
-    job: Job,
-    step: str,
-    module: nn.Module,
-    forward: nn.Module,
-    groups: list[dict[str, Any]],
-    epochs: int,
-    besides: Besides,
-    row: Callable[[], dict[str, Any]] = dict,
-    ready: Callable[[], bool] | None = None,
-) -> Training:
-    """Train what a step trains, from where its file ends, and write the file every epoch.
-
-    Args:
-        job: what all steps share.
-        step: its name.
-        module: what is trained and saved.
-        forward: what maps images to outputs.
-        groups: of parameters, each with its learning rate.
-        epochs: how many, at most.
-        besides: what goes on in an epoch besides.
-        row: what the log gets besides.
-        ready: says that the step is done; then the learning rates stay as they are, too.
-    """
-    options, path = job.options, job.options.output / f"{step}.pth"
-    loader = training_loader(job.train, options, job.rank, job.world)
-    updates = updates_per_epoch(loader, options)
-    if updates == 0:
-        fail(f"{len(job.train)} training images fill no step: lower --batch-size or --accumulate.")
-    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
-    scheduler = StepLRScheduler(optimizer, decay_t=sys.maxsize, t_in_epochs=False)
-    if ready is None:
-        scheduler, _ = create_scheduler_v2(
-            optimizer, "cosine", num_epochs=max(1, epochs), min_lr=0.0, warmup_epochs=0,
-            step_on_epochs=False, updates_per_epoch=updates,
-        )  # fmt: skip
-    scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "float16")
-    training = Training(module, optimizer, scheduler, scaler, None)
-    if options.resume and path.exists():
-        training.load_state_dict(read_state(path, options, free_of(step, options)))
-    if job.world > 1:
-        devices = [torch.cuda.current_device()] if options.device == "cuda" else None
-        forward = DistributedDataParallel(forward, device_ids=devices)
-    mixup = None
-    if options.augmentation == "swin" and not besides.frozen:
-        mixup = Mixup(0.8, 1.0, label_smoothing=options.smoothing, num_classes=job.classes)
-    while training.epochs_done < epochs and not (ready and ready()):
-        title = f"{step}: epoch {training.epochs_done + 1}/{epochs}"
-        loss, top1, speed = run_epoch(
-            training, forward, loader, job.test, options, mixup, title, besides
-        )
-        figures = {"step": step, "epoch": training.epochs_done, "loss": loss, "top1": top1, **row()}
-        training.log.append({**figures, "images_per_second": round(speed, 1), "seed": options.seed,
-                             **job.about})  # fmt: skip
-        if job.rank == 0:
-            kept = kept_options(options, free_of(step, options))
-            with whole_or_not_at_all(path) as file:
-                torch.save({**training.state_dict(), "options": kept}, file)
-            shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items()
-                              if isinstance(value, float) and value == value)  # fmt: skip
-            print(f"{title}: {shown}, {speed:.0f} images/s", flush=True)
-    return training
+def needs_masks(options: argparse.Namespace) -> bool:
+    return options.scores in ("masks", "all_masks")
 
 
 def learn_masks(job: Job) -> None:
@@ -206,7 +157,7 @@ def learn_rates(job: Job) -> None:
         done = rates.harden()
     if job.rank == 0:
         print(f"rates: {done.share:.2%} of the multiply-adds are kept", flush=True)
-        torch_dimap.save_pruned(torch_dimap.remove_units(model.eval()), job.file("rates"))
+        save_slim(job, torch_dimap.remove_units(model.eval()), job.file("rates"))
 
 
 def tune(job: Job) -> None:
@@ -216,50 +167,28 @@ def tune(job: Job) -> None:
                                        "lr": job.options.tune_lr}],
           job.options.tune_epochs, Besides())  # fmt: skip
     if job.rank == 0:
-        torch_dimap.save_pruned(model, job.file("tune"))
+        save_slim(job, model, job.file("tune"))
 
 
-STEPS = {"masks": learn_masks, "rates": learn_rates, "tune": tune}
-
-
-def steps_to_do(options: argparse.Namespace) -> list[str]:
-    """Name the steps, once the folder holds what they need and nothing that they would replace."""
-    needed = [step for step in STEPS if step != "masks" or needs_masks(options)]
-    steps = needed if options.step == "all" else [options.step]
-    files = {step: options.output / PRODUCTS[step] for step in needed}
-    if options.step == "all" and not options.resume:
-        claim_new(options.output)
-    for before in needed[: needed.index(steps[0])]:
-        if not files[before].is_file():
-            fail(f"there is no {files[before]}: run --step {before} first.")
-        if (options.output / f"{before}.pth").is_file():
-            read_state(options.output / f"{before}.pth", options, free_of(before, options))
-    if not options.resume and any(options.output.glob(f"{steps[0]}.pth")):
-        fail(f"{options.output} holds the step {steps[0]} already: choose another, or --resume.")
-    return [step for step in steps if not (options.resume and files[step].is_file())]
+STEPS = {
+    "masks": Step(learn_masks, "masks.safetensors", ("mask_epochs", "mask_lr", "penalties")),
+    "rates": Step(learn_rates, "pruned.safetensors",
+                  ("target", "scores", "classes", "rates", "rate_epochs", "rate_lr",
+                   "threshold_lr", "beta", "eta")),
+    "tune": Step(tune, "slim.safetensors", ("tune_epochs", "tune_lr")),
+}  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> Job:
     """Do the steps that are asked for."""
-    steps = steps_to_do(options)
-    job = open_job(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    for step in steps:
-        STEPS[step](job)
-        if dist.is_initialized():
-            dist.barrier()  # the file of this step is there for all
-    if job.rank == 0:
-        write_log(job)
+    needed = [step for step in STEPS if step != "masks" or needs_masks(options)]
+    names = steps_to_do(STEPS, needed, options)
+    job = open_job(STEPS, options)
+    if options.classes:
+        train, test = (only_classes(data, options.classes) for data in (job.train, job.test))
+        job = job._replace(train=train, test=test)
+    run_steps(job, names)
     return job
-
-
-def write_log(job: Job) -> None:
-    """Write the rows of all steps to one table."""
-    paths = [job.options.output / f"{step}.pth" for step in STEPS]
-    rows = [row for path in paths if path.is_file()
-            for row in torch.load(path, map_location="cpu", weights_only=True)["log"]]  # fmt: skip
-    with whole_or_not_at_all(job.options.output / "log.csv", "w") as file:
-        write_csv(rows, file)
 
 
 def models_of(job: Job) -> dict[str, nn.Module]:
@@ -273,21 +202,16 @@ def models_of(job: Job) -> dict[str, nn.Module]:
 
 
 def main(words: list[str] | None = None) -> None:
-    options = parse(__doc__, words)
-    try:
+    options = parse(words)
+
+    def work() -> None:
         job = run(options)
         if job.rank == 0:
             masks = load_file(job.file("masks")) if job.file("masks").is_file() else None
             about = {**job.about, "scores": options.scores, "rates": options.rates}
             print(report(models_of(job), masks, job.test, job.classes, options, about))
-    except KeyboardInterrupt:
-        print("\nxpruner: stopped; --resume goes on after the last whole epoch.", file=sys.stderr)
-        sys.exit(130)
-    except (OSError, FloatingPointError, ValueError) as error:
-        fail(f"{str(error).strip().splitlines()[-1]}; --resume goes on after the last whole epoch.")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+    main_of("xpruner", work)
 
 
 if __name__ == "__main__":

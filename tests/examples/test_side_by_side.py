@@ -1,15 +1,12 @@
 """All methods side by side, on a small ViT and scikit-learn's digits."""
 
 import csv
-import sys
-from pathlib import Path
 
+import side_by_side
 import timm
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import side_by_side  # noqa: E402
 
 
 def test_every_method_gets_a_row_and_no_run_is_done_twice(tmp_path):

@@ -2,19 +2,15 @@
 
 import csv
 import json
-import sys
-from pathlib import Path
 
 import pytest
+import spvit
+import steps
 import timm
 import torch
 from safetensors.torch import save_file
 
 import torch_dimap
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import spvit  # noqa: E402
-import steps  # noqa: E402
 
 MODEL = ["vit_tiny_patch16_224", "--model-kwargs", "img_size=8", "patch_size=2", "embed_dim=16",
          "depth=2", "num_heads=2", "--data", "digits", "--augmentation", "none", "--workers", "0",

@@ -11,6 +11,7 @@ from pathlib import Path
 import compare_xpruner
 import faithfulness
 import pytest
+import steps
 import timm
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ PRODUCTS = ["masks.safetensors", "pruned.safetensors", "slim.safetensors"]
 
 
 def any_options():
-    return xpruner.parse("", "any --random-init --data any --output any --device cpu".split()
+    return xpruner.parse("any --random-init --data any --output any --device cpu".split()
                          + ["--amp", "none"])  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def test_a_stopped_step_resumes_to_the_same_bytes(
 ):
     """Stopped in the second epoch of the first step, and in that of the second."""
     done = 0
-    epoch = xpruner.run_epoch
+    epoch = steps.run_epoch
 
     def stop_there(*arguments):
         nonlocal done
@@ -111,7 +112,7 @@ def test_a_stopped_step_resumes_to_the_same_bytes(
 
     plain = words(data, tmp_path / "out", "--probe-images", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(xpruner, "run_epoch", stop_there)
+        patch.setattr(steps, "run_epoch", stop_there)
         with pytest.raises(SystemExit) as stopped:
             xpruner.main(plain)
     assert stopped.value.code == 130
