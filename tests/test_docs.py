@@ -35,9 +35,11 @@ def test_links_between_pages_and_to_files_lead_somewhere(page):
 
 
 def test_the_reference_has_every_public_name():
-    listed = re.findall(r"^::: torch_dimap\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.M)
-    assert len(listed) == len(set(listed))
-    assert set(listed) == set(torch_dimap.__all__) - {"__version__"}
+    text = (ROOT / "docs/api.md").read_text()
+    for place, names in (("", torch_dimap.__all__), (r"learning\.", torch_dimap.learning.__all__)):
+        listed = re.findall(rf"^::: torch_dimap\.{place}(\w+)$", text, re.M)
+        assert len(listed) == len(set(listed))
+        assert set(listed) == set(names) - {"__version__", "learning"}
 
 
 def test_absolute_links_leave_no_relative_one():

@@ -239,6 +239,28 @@ def test_settings_out_of_range_are_refused_and_leave_the_model(more, error):
     assert list(model.state_dict()) == names
 
 
+def test_a_search_that_has_ended_says_so():
+    search = SinglePathSearch(small_vit(), 0.6, steps=9)
+    search.finish()
+    for call in (search.choices, search.finish, search.penalty, search.update):
+        with pytest.raises(RuntimeError, match="has ended it"):
+            call()
+    assert search.remove() is search.model
+
+
+def test_a_search_compiles_trains_in_bfloat16_and_with_checkpoints():
+    torch.manual_seed(0)
+    model = small_vit()
+    model.set_grad_checkpointing()
+    search = SinglePathSearch(model, 0.6, steps=9)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = nn.functional.cross_entropy(compiled(IMAGES).float(), torch.tensor([0, 1, 2]))
+    (loss + search.penalty()).backward()
+    assert all(gate.grad is not None and gate.grad.isfinite().all() for gate in search.gates())
+
+
 def test_a_second_search_in_the_same_model_is_refused():
     model = small_vit()
     SinglePathSearch(model, 0.6, steps=9)

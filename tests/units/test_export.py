@@ -7,15 +7,22 @@ import torch
 from conftest import make_swin, make_vit
 from torch.nn.utils import prune
 
-from torch_dimap import global_module_aware_structured, group_units, remove_units
+from torch_dimap import global_module_aware_structured, group_units, learning, remove_units
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(params=[make_swin, make_vit], ids=["swin", "vit"])
+@pytest.fixture(params=[
+    (make_swin, False), (make_vit, False), (make_swin, True), (make_vit, True),
+], ids=["swin", "vit", "swin with convolutions", "vit with convolutions"])  # fmt: skip
 def slim(request):
-    """A model with uneven numbers of units, and a layer without any."""
-    model = request.param().eval()
+    """A model with uneven numbers of units and a layer without any, or without attentions."""
+    build, replaced = request.param
+    model = build().eval()
+    if replaced:
+        names = [name for name, _ in model.named_modules() if name.endswith(".attn")]
+        learning.replace_attentions(model, dict(zip(names, ["conv3", "conv1"])))
+        return learning.collapse_convolutions(model)
     units = group_units(model)
     global_module_aware_structured(
         units, 0.5, multiple=1, minimum=0, pruning_method=prune.RandomUnstructured

@@ -159,7 +159,11 @@ class SinglePathSearch:
         """Return the cost of what the gates have decided, as a share of the dense model's.
 
         A scalar; its gradient reaches the logits.
+
+        Raises:
+            RuntimeError: after :meth:`finish` or :meth:`remove`.
         """
+        self._check_running()
         operations = torch.stack([
             nested(decided_gates(x.gate_logits)) for x in self._attentions.values()
         ]).double()  # fmt: skip
@@ -192,7 +196,12 @@ class SinglePathSearch:
         return stands_still(held.shares, held.shares.maxlen or 1, held.tolerance)
 
     def choices(self) -> SinglePath:
-        """Return what the gates have decided so far."""
+        """Return what the gates have decided so far.
+
+        Raises:
+            RuntimeError: after :meth:`finish` or :meth:`remove`.
+        """
+        self._check_running()
         operations = {name: x.decision() for name, x in self._attentions.items()}
         neurons = {
             name: (getattr(layer.reader, GATES).detach() > 0).cpu()
@@ -204,6 +213,8 @@ class SinglePathSearch:
 
     def remove(self) -> nn.Module:
         """Take all gates away: the model has its attentions and neurons, as trained so far."""
+        if not self._handles:
+            return self.model
         for name, made in self._attentions.items():
             block = self.model.get_submodule(name.rpartition(".")[0])
             block.attn = made.attention
@@ -231,6 +242,13 @@ class SinglePathSearch:
                 made.temperature = trained.temperature
                 trained.hand_over(made)
         return choices
+
+    def _check_running(self) -> None:
+        if not self._handles:
+            raise RuntimeError(
+                "SinglePathSearch: expected a search that goes on, found that finish() or remove() "
+                "has ended it: keep what finish() or choices() returned, or begin another."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is not in the model's state dict, for a file."""
