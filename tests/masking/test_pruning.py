@@ -246,6 +246,33 @@ def test_importance_scores_stand_in_for_the_weights(net):
     assert all(torch.equal(a, b) for a, b in zip(masks_of(pairs), expected))
 
 
+def test_a_pair_with_none_is_ranked_by_its_weights(net):
+    first, second, third = pairs_of(net)
+    scores = {first: torch.rand(first[0].weight.shape), second: None, third: None}
+    global_module_aware_unstructured([first, second, third], importance_scores=scores, amount=40)
+    values = [scores[first], second[0].weight_orig.detach(), third[0].weight_orig.detach()]
+    expected, _ = select_exactly(values, 40)
+    assert all(torch.equal(a, b) for a, b in zip(masks_of([first, second, third]), expected))
+
+
+@pytest.mark.parametrize("amount", [0.0004, {"all": 50}, 0, 51])
+def test_what_is_no_slip_gives_no_warning(amount, recwarn):
+    layer = nn.Linear(510, 100)
+    global_module_aware_unstructured([(layer, "weight")], amount=amount)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("prune_it", [
+    lambda layer: global_module_aware_unstructured([(layer, "weight")], amount=50),
+    lambda layer: dimap_unstructured(layer, "weight", 50),
+])  # fmt: skip
+def test_50_weights_of_many_give_a_warning(prune_it):
+    layer = nn.Linear(510, 100)
+    with pytest.warns(UserWarning, match="50 of 51,000 weights in all.*such as 0.5 for half"):
+        prune_it(layer)
+    assert int((~layer.weight_mask).sum()) == 50
+
+
 @pytest.mark.parametrize("method", [prune.L1Unstructured, prune.RandomUnstructured])
 def test_torchs_methods_are_applied_group_by_group(net, method):
     groups = {"a": [(net[0], "weight")], "b": [(net[2], "weight"), (net[3], "weight")]}

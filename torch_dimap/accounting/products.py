@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from torch_dimap.masking import Layer
+from torch_dimap.text import name_some
 
 # fvcore's form of a formula: the operator's traced inputs and outputs -> FLOPs, or a
 # Counter that says who they belong to.
@@ -166,9 +167,11 @@ def refuse_unknown(operators: Iterable[str]) -> None:
 
 
 def _refuse(operators: list[str]) -> None:
-    more = f" and {len(operators) - 3} more" if len(operators) > 3 else ""
+    detects = any(name.startswith("torchvision::") for name in operators)
     raise NotImplementedError(
         f"count_flops(): every operator that multiplies matrices must have a formula, found "
-        f"{', '.join(operators[:3])}{more} without one: pass op_handles={{name: formula}}, "
-        "or {name: None} to count it as nothing."
-    )
+        f"{name_some(operators)} without one: "
+        + ("of a detector count the backbone, count_flops(model.backbone, images), since the rest "
+           "depends on what is in the image; or " if detects else "")
+        + "pass op_handles={name: formula}, or {name: None} to count it as nothing."
+    )  # fmt: skip

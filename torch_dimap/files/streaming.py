@@ -23,7 +23,7 @@ from torch_dimap.files.stored import (
     refuse_quantised,
 )
 from torch_dimap.files.writing import write_weights
-from torch_dimap.masking import Rule, amounts_by_group, count_to_prune
+from torch_dimap.masking import Rule, amounts_by_group, count_to_prune, warn_of_few
 from torch_dimap.selection import (
     Cut,
     FlatWeight,
@@ -213,6 +213,7 @@ def _find_cuts(
         group: sum(weights[name].chooseable for name in names) for group, names in groups.items()
     }
     amounts = amounts_by_group(amount, unpruned, what)
+    warn_of_few(amount, sum(unpruned.values()), what)
     cuts: dict[str, Cut] = {}
     thresholds = {}
     for group, names in groups.items():

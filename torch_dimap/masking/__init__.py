@@ -1,6 +1,11 @@
 """Whose weights, and how does a mask hold? Groups, checks, and torch's own hooks."""
 
-from torch_dimap.masking.amounts import amounts_by_group, check_amount, count_to_prune
+from torch_dimap.masking.amounts import (
+    amounts_by_group,
+    check_amount,
+    count_to_prune,
+    warn_of_few,
+)
 from torch_dimap.masking.attaching import all_or_nothing, attach, bake, snapshot
 from torch_dimap.masking.grouping import (
     Rule,
@@ -83,4 +88,5 @@ __all__ = [
     "survey",
     "untouched",
     "unwrapped_name",
+    "warn_of_few",
 ]

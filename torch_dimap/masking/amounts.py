@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+from torch_dimap.text import warn
+
 
 def check_amount(amount: Any, what: str) -> None:
     """Raise unless ``amount`` is an int >= 0 or a float in [0, 1]."""
@@ -73,6 +75,15 @@ def amounts_by_group(amount: Any, unpruned: Mapping[str, int], what: str) -> dic
         check_amount(own, where)
         count_to_prune(own, unpruned[group], where)
     return amounts
+
+
+def warn_of_few(amount: Any, unpruned: int, what: str) -> None:
+    """Warn of a total that is next to nothing, as 50 is where 50 % is meant."""
+    if isinstance(amount, numbers.Integral) and 0 < 1000 * int(amount) < unpruned:
+        warn(
+            f"{what} is an int, {amount} of {unpruned:,} weights in all, less than one in a "
+            "thousand: a fraction is given as a float, such as 0.5 for half of them."
+        )
 
 
 def _share(total: int, sizes: Mapping[str, int]) -> dict[str, int]:

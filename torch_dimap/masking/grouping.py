@@ -46,6 +46,8 @@ _WRAPPERS = re.compile(
 GROUPS = ("qkv", "proj", "mlp")
 # What surrounds the blocks, and does not count when asked how much of these is known.
 _NO_BLOCK = re.compile(r"(^|\.)(heads?|attn_pool|stem|downsample|\w*embed\w*)(\.|$)")
+# What detectors and segmenters call the network whose features they use.
+_BACKBONE = re.compile(r"^(.*?(^|\.)(backbone|pixel_level_module\.encoder))\.")
 _IN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -58,7 +60,9 @@ def group_parameters(model: nn.Module, rule: Rule | None = None) -> dict[str, li
     goes where and why. Takes weights of ``nn.Linear``, 1x1 ``nn.Conv2d`` and
     ``nn.MultiheadAttention``, never biases; of a pruned model the same as of the dense one.
     Warns if it knows less than half of the weights in the model's blocks, and of weights
-    that it would know but for a wrapper or a parametrization.
+    that it would know but for a wrapper or a parametrization. Of a detector or segmenter
+    it takes whatever is named so, and warns if that is more than the backbone:
+    ``group_parameters(model.backbone)`` takes that alone.
 
     Args:
         model: the model; it is only read.
@@ -110,7 +114,7 @@ def group_parameters(model: nn.Module, rule: Rule | None = None) -> dict[str, li
                 groups.setdefault(group, []).append((module, name))
                 note_readers(module, readers)
     _warn_of_hidden(hidden, places)
-    _check_coverage(model, rule, places)
+    _check_coverage(model, rule, places if rule else _backbone_of(places))
     return {group: pairs for group, pairs in groups.items() if pairs}
 
 
@@ -196,6 +200,26 @@ def _check_group(group: Any, place: str, first: tuple[str, str | None]) -> None:
         )
 
 
+def _backbone_of(
+    places: dict[Tensor, tuple[str, str | None]],
+) -> dict[Tensor, tuple[str, str | None]]:
+    """Return what lies in a detector's backbone, if it has one, and warn of groups beyond it."""
+    grouped = [place for place, group in places.values() if group]
+    backbones = {match[1] for place in grouped if (match := _BACKBONE.search(place))}
+    if len(backbones) != 1:
+        return places
+    (backbone,) = backbones
+    beyond = [place for place in grouped if not place.startswith(f"{backbone}.")]
+    if beyond:
+        warn(
+            f"group_parameters(): {name_some(beyond)} lie outside of {backbone} and would be "
+            "ranked together with it: for the backbone alone call "
+            f"group_parameters(model.{backbone}), or name the groups with rule=."
+        )
+        return places
+    return {tensor: x for tensor, x in places.items() if x[0].startswith(f"{backbone}.")}
+
+
 def _check_coverage(
     model: nn.Module, rule: Rule | None, places: dict[Tensor, tuple[str, str | None]]
 ) -> None:
@@ -212,6 +236,7 @@ def _check_coverage(
     missed = _repeated({tensor: place for tensor, (place, group) in places.items() if not group})
     largest = ", ".join(name for name, _ in missed.most_common(3))
     if not found:
+        _refuse_quantised(model)
         raise ValueError(
             f"group_parameters(): no layer of {kind} is named like the query/key/value, attention "
             "projection or MLP layers of a vision transformer"
@@ -223,6 +248,18 @@ def _check_coverage(
         warn(
             f"group_parameters(): only {share:.0%} of the weights in the blocks of {kind} are "
             f"recognised; {largest} and the like stay dense: pass rule= to group them too."
+        )
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    """Raise for a model whose layers hold codes, for which there may be no other reason."""
+    modules = model.named_modules()
+    packed = [name for name, module in modules if "quantized" in type(module).__module__]
+    if packed:
+        raise ValueError(
+            f"group_parameters(): the layers of {type(model).__name__} must hold their weights, "
+            f"found quantised ones ({name_some(packed)}), which take no masks: prune the model and "
+            "bake it with remove_all before it is quantised."
         )
 
 

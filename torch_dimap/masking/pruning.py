@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_dimap.masking.amounts import amounts_by_group, count_to_prune
+from torch_dimap.masking.amounts import amounts_by_group, count_to_prune, warn_of_few
 from torch_dimap.masking.attaching import all_or_nothing, attach, bake
 from torch_dimap.masking.layers import Layer, Pair, pruned_tensors
 from torch_dimap.masking.method import DimapUnstructured
 from torch_dimap.masking.readers import hold, known_readers, release
-from torch_dimap.masking.targets import check_values, find_layers
+from torch_dimap.masking.targets import Scores, check_values, find_layers
 from torch_dimap.selection import check_finite, select
 from torch_dimap.text import warn_of_empty
 
@@ -58,7 +58,7 @@ def dimap_unstructured(
 def global_module_aware_unstructured(
     parameters: Mapping[str, Iterable[Pair]] | Iterable[Pair],
     pruning_method: Callable[..., prune.BasePruningMethod] = DimapUnstructured,
-    importance_scores: Mapping[Pair, Tensor] | None = None,
+    importance_scores: Scores | None = None,
     *,
     amount: float | Mapping[str, float] | None = None,
     **kwargs: Any,
@@ -83,12 +83,13 @@ def global_module_aware_unstructured(
             ``PRUNING_TYPE`` ``"unstructured"``, which then gets each group's
             unpruned values in one flat tensor.
         importance_scores: ``(module, name)`` -> tensor of the parameter's shape that
-            stands in for the weights, for all pairs or none. As in torch their
-            magnitude counts, and larger means keep.
+            stands in for the weights, for all pairs; None in place of a tensor stands for
+            the weights. As in torch their magnitude counts, and larger means keep.
         amount: of the weights still unpruned: float, the fraction of every group; int,
             the total over all groups, shared out in proportion to their unpruned sizes;
             dict, group -> float or int. Exactly ``round(amount * unpruned)`` of a group
-            go. None for methods that take no amount.
+            go. An int below a thousandth of all gives a warning: 50 is no 50 %. None for
+            methods that take no amount.
         kwargs: passed to ``pruning_method``.
 
     Returns:
@@ -201,6 +202,7 @@ def _makers(
     if amount is None:
         return {group: partial(pruning_method, **kwargs) for group in unpruned}
     amounts = amounts_by_group(amount, unpruned, f"{caller}: amount")
+    warn_of_few(amount, sum(unpruned.values()), f"{caller}: amount")
     return {g: partial(pruning_method, amount=own, **kwargs) for g, own in amounts.items()}
 
 

@@ -22,7 +22,7 @@ from torch_dimap.text import name_some
 SINGLE_GROUP = "all"  # what a flat iterable of pairs is called
 
 Parameters = Mapping[str, Iterable[Pair]] | Iterable[Pair]
-Scores = Mapping[Pair, Tensor]
+Scores = Mapping[Pair, Tensor | None]
 
 
 def find_layers_in(
@@ -229,9 +229,11 @@ def _values(layer: Layer, scores: Scores | None, caller: str) -> Tensor:
     if (module, name) not in scores:
         raise ValueError(
             f"{caller}: importance_scores has none for {label}: "
-            "give scores for every pair in parameters, or none at all."
+            "give every pair in parameters a tensor, or None where its weights are to count."
         )
     values = scores[module, name]
+    if values is None:
+        return parameter.detach()
     check_finite(values, f"{caller}: importance_scores of {label}")
     if values.shape != parameter.shape:
         raise ValueError(
