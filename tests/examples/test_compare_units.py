@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import unit_scores
 from small_swin import KWARGS, SMALL, SWIN
 
 from torch_dimap import group_units
@@ -28,7 +29,7 @@ def small():
 def test_taylor_is_the_change_of_the_loss_with_a_gate(small, kind):
     layers = group_units(small)[kind]
     batch = torch.randn(3, 3, 16, 16), torch.tensor([0, 1, 1])
-    found = compare_units.taylor(layers, small, batch, OPTIONS)
+    found = unit_scores.taylor(layers, small, batch, OPTIONS)
     layer = layers[1]
     gates = torch.ones(3, layer.units, requires_grad=True)
 
@@ -45,7 +46,7 @@ def test_taylor_is_the_change_of_the_loss_with_a_gate(small, kind):
 def test_the_value_path_of_a_head_is_projection_times_value(small):
     layer = group_units(small)["heads"][1]
     attention = layer.module
-    found = compare_units.value_path(layer)
+    found = unit_scores.value_path(layer)
     width = attention.proj.in_features // layer.units
     values = attention.qkv.weight[2 * attention.proj.in_features :].split(width)
     columns = attention.proj.weight.split(width, 1)
