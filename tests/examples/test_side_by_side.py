@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 
-
+def test_every_method_gets_a_row_and_no_run_is_done_twice(tmp_path):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     shape = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2}
