@@ -193,8 +193,8 @@ def parse() -> argparse.Namespace:
     add("--units", type=float, nargs="*", default=[0.5], metavar="A",
         help="fractions of the heads and of the neurons (default: 0.5)")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[0], metavar="S", help="(default: 0)")
-    add("--epochs", type=int, default=20, help="of dense training (default: 20)")
-    add("--finetune-epochs", type=int, default=3, help="after pruning (default: 3)")
+    add("--epochs", type=int, default=16, help="of dense training (default: 16)")
+    add("--finetune-epochs", type=int, default=2, help="after pruning (default: 2)")
     add("--threads", type=int, default=1, metavar="N",
         help="of torch; more are slower where a core is busy, since every small operation waits "
         "for all of them (default: 1)")  # fmt: skip
