@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import make_vit
 from torch import nn
 from torch.nn.utils import prune
 
@@ -182,8 +183,22 @@ def test_plots_refuse_layers_that_are_not_there(draw):
         draw(model, ["9.weight"], groups)
     with pytest.raises(ValueError, match="found none"):
         draw(model, [], groups)
-    with pytest.raises(TypeError, match="sequence of names, found str"):
-        draw(model, "0.weight", groups)
+    with pytest.raises(TypeError, match="a sequence of names, found int"):
+        draw(model, 3, groups)
+    assert len(draw(model, "0.weight", groups).axes[0].get_title().splitlines()) == 2
+
+
+def test_plot_density_draws_a_line_between_stages(swin):
+    (axes,) = plot_density(swin).axes
+    ends = [line.get_xdata()[0] for line in axes.lines if line.get_label() == "between stages"]
+    assert ends == [2 * 4 + 0.5]  # two blocks of four layers each in the first stage
+    one_stage = plot_density(make_vit()).axes[0]
+    assert not [line for line in one_stage.lines if line.get_label() == "between stages"]
+
+
+def test_what_is_gone_has_one_colour(swin):
+    masks, bars = plot_masks(swin).axes[0].images[0], plot_histograms(swin).axes[0].patches[0]
+    assert masks.cmap(0.0)[:3] == pytest.approx(bars.get_facecolor()[:3])
 
 
 def test_plots_take_half_precision_convolutions_and_vectors():

@@ -13,6 +13,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from torch_dimap import load_pruned
+
 ROOT = Path(__file__).parents[2]
 SWIN = "swin_tiny_patch4_window7_224"
 
@@ -25,14 +27,20 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
 
 def test_quickstart_prints_a_table_and_keeps_files(tmp_path):
     done = run("examples/quickstart.py", "--epochs", 1, "--finetune-epochs", 1,
-               "--amounts", 0.5, "--seeds", 0, 1, "--output", tmp_path)  # fmt: skip
+               "--amounts", 0.5, "--output", tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
+    first = done.stdout.splitlines()[0]
+    assert first.startswith("172 training steps: about ")  # 43 x (1 + 3)
     lines = [line for line in done.stdout.splitlines() if line.strip().startswith("50%")]
-    assert [line.split()[1] for line in lines] == ["DIMAP", "uniform"]
+    assert [line.split()[1] for line in lines] == ["DIMAP", "uniform", "units"]
+    computed = [float(line.split()[-1]) for line in lines]
+    assert computed[:2] == [100, 100] and 40 < computed[2] < 70
     state = load_file(tmp_path / "swin_digits_dimap_0.50_seed0.safetensors")
     prunable = [value for key, value in state.items() if "mlp.fc" in key and value.dim() == 2]
     zeros = sum(int((value == 0).sum()) for value in prunable)
     assert zeros == round(0.5 * sum(value.numel() for value in prunable))
+    slim = load_pruned(tmp_path / "swin_digits_units_removed_0.50_seed0.safetensors")
+    assert sum(map(torch.numel, slim.values())) < 0.6 * sum(map(torch.numel, state.values()))
 
 
 def test_prune_timm_writes_a_baked_model(tmp_path):

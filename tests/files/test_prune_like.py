@@ -235,3 +235,13 @@ def test_a_masked_model_given_its_own_baked_file(tmp_path, trained, images):
     expected = trained(images)
     prune_like(trained, state).load_state_dict(state)
     torch.testing.assert_close(trained(images), expected, rtol=0, atol=0)
+
+
+def test_masks_alone_find_the_part_that_they_belong_to(tmp_path, trained, images):
+    dense = make_swin().eval()  # the weights behind the masks
+    other = nn.Linear(4, 4)
+    both = nn.ModuleDict({"net": trained, "other": other})
+    torch.nn.utils.prune.l1_unstructured(other, "weight", 0.5)
+    save_pruned(both, tmp_path / "masks.safetensors", masks_only=True)
+    load_pruned(dense, tmp_path / "masks.safetensors", masked=True)
+    torch.testing.assert_close(dense(images), trained(images), rtol=0, atol=0)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+GONE = "0.75"  # the colour of what is pruned, in every picture
 _NAMED = 24  # layers whose names fit below an axis
 _COLOURS = 10  # that can be told apart, and listed in a legend
 
@@ -41,6 +42,13 @@ def colours_of(count: int) -> list[Any]:
     if count <= _COLOURS:
         return [f"C{i}" for i in range(count)]
     return [(0.9 * i / count, 0.3, 0.9 - 0.9 * i / count) for i in range(count)]
+
+
+def gone_to_kept() -> Any:
+    """Return the colours of fractions from none to all that is kept."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("gone to kept", [GONE, "C0", "midnightblue"])
 
 
 def draw_fractions(

@@ -6,6 +6,7 @@ Every function returns a :class:`matplotlib.figure.Figure`; none shows or saves 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,11 @@ import numpy as np
 from torch import nn
 
 from torch_dimap.accounting.canvas import (
+    GONE,
     add_legend,
     colours_of,
     draw_fractions,
+    gone_to_kept,
     name_groups,
     panels_of,
 )
@@ -27,15 +30,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Up to the number of the stage, in names with a block's number after it: layers.0 of
+# layers.0.blocks.1.attn.qkv. A number inside an attention or an MLP is none of a block.
+_STAGE = re.compile(
+    r"(.*?\.)??\d+(?=\.((?!\w*(attn|attention|mlp|ffn|output|intermediate))\w+\.)?\d+\.)"
+)
 _BINS = 81
 _QUANTILE = 0.999  # what lies beyond would squeeze the rest into a few bins
 _CELLS = 256  # of an image, each way: as many as a panel has pixels for
-_GREY = "0.75"
 
 
 def plot_histograms(
     model: nn.Module,
-    layers: Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
     parameters: Parameters | None = None,
 ) -> Figure:
     """Draw how the weights of some layers are distributed, and where they are cut.
@@ -46,8 +53,8 @@ def plot_histograms(
 
     Args:
         model: the model; it is only read.
-        layers: names of the layers' tensors, as :func:`torch_dimap.summarize` gives
-            them. Default: the first four of the model, its first block as a rule.
+        layers: name of a layer's tensor, as :func:`torch_dimap.summarize` gives it, or
+            several of them. Default: the first four of the model, its first block as a rule.
         parameters: group -> ``(module, name)`` pairs, or pairs alone. Default:
             ``group_parameters(model)``.
 
@@ -70,7 +77,7 @@ def plot_histograms(
         reach = float(np.quantile(np.abs(values), _QUANTILE)) if values.size else 0.0
         edges = np.linspace(-reach or -1.0, reach or 1.0, _BINS + 1).tolist()
         bars: Any = axes.hist(
-            [values[~kept], values[kept]], bins=edges, stacked=True, color=[_GREY, colour]
+            [values[~kept], values[kept]], bins=edges, stacked=True, color=[GONE, colour]
         )[2]
         legend.update({"pruned": bars[0], f"kept, {group}": bars[1]})
         for side in () if cut is None else (-cut, cut):
@@ -100,7 +107,8 @@ def plot_density(
         thresholds: group -> threshold for the legend, as the pruning call returned them.
 
     Returns:
-        A figure with a point for each layer, coloured by group. Axes: layer; density.
+        A figure with a point for each layer, coloured by group, and a line between stages.
+        Axes: layer; density.
 
     Raises:
         TypeError, ValueError: for parameters that do not fit the model, and thresholds
@@ -123,6 +131,8 @@ def plot_density(
     sizes = [layer.parameter.numel() for _, layer, _ in layers]
     mean = float(np.average(density, weights=sizes)) if sum(sizes) else 0.0
     axes.axhline(mean, color="0.4", linestyle=":", label=f"all prunable weights, {mean:.3f}")
+    for i, label in zip(_stage_ends(layers), ["between stages", *["_"] * len(layers)]):
+        axes.axvline(i + 0.5, color="0.8", linewidth=0.8, zorder=0, label=label)
     axes.set(ylabel="density (fraction of weights kept)")
     name_groups(figure, axes, len(colours))
     return figure
@@ -167,7 +177,7 @@ def plot_units(model: nn.Module, rule: UnitRule | None = None) -> Figure:
 
 def plot_masks(
     model: nn.Module,
-    layers: Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
     parameters: Parameters | None = None,
 ) -> Figure:
     """Draw which weights of some layers are left, as images.
@@ -191,7 +201,7 @@ def plot_masks(
     Source: He and Zhou, ICLR 2024, Fig. 6.
     """
     chosen = _choose(model, layers, parameters, "plot_masks()")
-    figure, panels = panels_of(len(chosen), width=4.2, height=3.8)
+    figure, panels = panels_of(len(chosen), width=6.0, height=5.4)
     for (group, layer, _), axes in zip(chosen, panels):
         alive = (layer.weight != 0).cpu()
         alive = alive.flatten(1) if alive.dim() > 1 else alive.reshape(-1, 1)
@@ -199,7 +209,9 @@ def plot_masks(
         block = math.ceil(rows / _CELLS), math.ceil(columns / _CELLS)
         cells = _binned(alive.numpy(), block)
         extent = (0, cells.shape[1] * block[1], cells.shape[0] * block[0], 0)
-        image = axes.imshow(cells, cmap="cividis", vmin=0, vmax=1, aspect="auto", extent=extent)
+        image = axes.imshow(
+            cells, cmap=gone_to_kept(), vmin=0, vmax=1, aspect="auto", extent=extent
+        )
         axes.set(xlim=(0, columns), ylim=(rows, 0))  # the last blocks may reach beyond
         note = "" if block == (1, 1) else f", one cell: {block[0]} x {block[1]} weights"
         _title(axes, layer, f"{group}, density {_density(layer):.3f}{note}")
@@ -207,6 +219,13 @@ def plot_masks(
         axes.locator_params(nbins=6)
     figure.colorbar(image, ax=panels, label="fraction of weights kept", shrink=0.8)
     return figure
+
+
+def _stage_ends(layers: list[tuple[str, Layer, Any]]) -> list[int]:
+    """Return after how many layers a stage ends and another begins."""
+    stages = [match and match[0] for match in (_STAGE.match(x.label) for _, x, _ in layers)]
+    return [i for i in range(1, len(stages)) if None not in (a := stages[i - 1 : i + 1])
+            and a[0] != a[1]]  # fmt: skip
 
 
 def _title(axes: Axes, layer: Layer, note: str) -> None:
@@ -227,14 +246,16 @@ def _in_order(
 
 
 def _choose(
-    model: nn.Module, names: Sequence[str] | None, parameters: Parameters | None, caller: str
+    model: nn.Module, names: str | Sequence[str] | None, parameters: Parameters | None, caller: str
 ) -> list[tuple[str, Layer, Any]]:
     layers = _in_order(model, parameters, caller)
     if names is None:
         return layers[:4]
-    if isinstance(names, str) or not isinstance(names, Sequence):
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, Sequence):
         raise TypeError(
-            f"{caller}: layers must be a sequence of names, found {type(names).__name__}."
+            f"{caller}: layers must be a name or a sequence of names, found "
+            f"{type(names).__name__}."
         )
     by_name = {entry[1].label: entry for entry in layers}
     unknown = [name for name in names if name not in by_name]

@@ -133,8 +133,8 @@ def load_pruned(model_or_path, path=None, *, masked=False, unit_rule=None, devic
                 "out, and prune the model again if it is to keep its zeros."
             )
         if weights.record and masks_alone:
-            pruned = weights.record.pruned
-            _check_hashes(own, {names[name]: item for name, item in pruned.items()}, where)
+            pruned = weights.record.pruned.items()
+            _check_hashes(own, {names[n]: item for n, item in pruned if n in names}, where)
         read = targets or (entries if masks_alone else ())
         masks = {name: read_mask(entries[name]).to(own[name].device) for name in read}
         if keeps or replacements:
