@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import make_swin, make_vit
@@ -78,8 +80,7 @@ def test_a_multiplier_that_descends_misses_the_budget():
         (beta * missing**2 + gamma * missing).backward()
         optimizer.step()
     assert beta < 0 and gamma > 0, "in the sense of this package, both lower the loss"
-    assert rates.soft > 0.98, "rates go to 0: all is kept, though 0.6 was wanted"
-    assert abs(rates.soft - held.target) > 0.02
+    assert rates.soft > 0.95 and rates.hard > 0.97, "all is kept, though 0.6 was wanted"
 
 
 def test_scores_that_cluster_move_the_rates_as_their_ranks_do(images):
@@ -93,8 +94,8 @@ def test_scores_that_cluster_move_the_rates_as_their_ranks_do(images):
         with make_rates(model, scores=scores) as rates:
             F.cross_entropy(model(images), torch.tensor([0, 1, 2, 3])).backward()
         gradients.append(rates.logits.grad)
-    torch.testing.assert_close(*gradients)
-    assert gradients[0].abs().min() > 1e-6
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-4)  # some scores tie, so clustered
+    assert gradients[0].abs().max() > 1e-3
     rate = torch.tensor(0.05, requires_grad=True)
     ((next(iter(clustered.values())) - rate) / 0.05).sigmoid().sum().backward()
     assert rate.grad.abs() < 1e-6
@@ -136,9 +137,10 @@ def test_soft_and_hard_shares_are_what_they_are_called(swin):
     scores = scores_of(torch_dimap.group_units(swin))
     for i, (layer, cost) in enumerate(zip(rates.costs.layers, rates.costs.each)):
         rate = rates.logits[i].sigmoid().item()
-        soft -= rate * layer.units * cost
         own = list(scores.values())[i].tolist()
         ranks = [sum(other < value for other in own) for value in own]
+        shut = [1 / (1 + math.exp(((rank + 0.5) / layer.units - rate) / 0.1)) for rank in ranks]
+        soft -= cost * sum(x for x, rank in zip(shut, ranks) if rank < layer.units - 1)
         gone = sum((rank + 0.5) / layer.units <= rate for rank in ranks)
         hard -= min(gone, layer.units - 1) * cost
         assert rates.rates()[layer.name, layer.kind] == (
@@ -146,6 +148,19 @@ def test_soft_and_hard_shares_are_what_they_are_called(swin):
         )  # fmt: skip
     assert rates.soft == pytest.approx(soft / whole, rel=1e-6)
     assert rates.hard == pytest.approx(hard / whole, rel=1e-12)
+
+
+def test_what_must_stay_is_not_counted_as_gone():
+    """Layers of one head keep it, whatever their rate is."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, in_chans=1,
+                              num_classes=10, embed_dim=32, depth=2, num_heads=1)  # fmt: skip
+    rates = make_rates(model, target=0.8)
+    with torch.no_grad():
+        rates.logits.fill_(20.0)
+    assert rates.hard <= rates.soft < rates.hard + 0.03
+    rates.soft_share().backward()
+    assert torch.equal(rates.logits.grad[:2], torch.zeros(2))  # the heads
+    assert rates.harden().kept["blocks.0.attn", "heads"] == 1
 
 
 @MODELS

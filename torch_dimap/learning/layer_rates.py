@@ -33,8 +33,9 @@ class LayerRates(nn.Module):
     scores: those lie so close together that such a gate saturates, and no rate would move.
 
     The cost is the share of the model's multiply-adds that is kept. ``soft`` counts it by
-    the rates, which is what is held and has a gradient; ``hard`` by the units that are really
-    there. They differ where layers have few units, as heads.
+    the soft gates, which is what is held and has a gradient; ``hard`` by the units that are
+    really there. (Were ``soft`` counted by the rates themselves, a layer of one or two heads
+    would pretend to lose a third of them and lose none.)
 
     Gates go on with forward pre-hooks, and no label enters: not here, not in what comes out.
     In a :class:`Joined` the rates train under ``DistributedDataParallel``.
@@ -129,14 +130,14 @@ class LayerRates(nn.Module):
         self._undo = None
 
     def soft_share(self) -> Tensor:
-        """Return the share of the multiply-adds that is kept, by the rates: a scalar."""
+        """Return the share of the multiply-adds that is kept, by the soft gates: a scalar."""
         layers, each, whole, _ = self.costs
-        weights = [layer.units * cost / whole for layer, cost in zip(layers, each)]
-        return 1 - (self.logits.sigmoid() * self.logits.new_tensor(weights)).sum()
+        gone = torch.stack([(1 - self._gate(i)[1]).sum() for i in range(len(layers))])
+        return 1 - (gone * gone.new_tensor([cost / whole for cost in each])).sum()
 
     @property
     def soft(self) -> float:
-        """The share of the multiply-adds that is kept, by the rates."""
+        """The share of the multiply-adds that is kept, by the soft gates."""
         return float(self.soft_share().detach())
 
     @property
@@ -206,9 +207,6 @@ class LayerRates(nn.Module):
         self._hard.clear()
         self._hard.extend(state["hard"])
 
-    def _per_layer(self) -> list[Tensor]:
-        return list(self.percentiles.split([layer.units for layer in self.costs.layers]))
-
     def _keeps(self) -> list[Tensor]:
         """Return for each layer one flag per unit, on the CPU."""
         return [
@@ -219,12 +217,14 @@ class LayerRates(nn.Module):
             )
         ]
 
+    def _gate(self, i: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's flags, and the soft gates; a unit that must stay has 1 in both."""
+        own = self.percentiles.split([layer.units for layer in self.costs.layers])[i]
+        rate, minimum = self.logits[i].sigmoid(), self.costs.minimum
+        soft = ((own - rate) / self.temperature).sigmoid()
+        soft = torch.where(keep_above(own, 1.0, minimum), 1.0, soft)
+        return keep_above(own, rate.detach(), minimum), soft
+
     def _gates_of(self, i: int) -> Callable[[], Tensor]:
         """Return what gives a layer's gates: 0 and 1, with the gradient of a sigmoid."""
-
-        def gates() -> Tensor:
-            own, rate = self._per_layer()[i], self.logits[i].sigmoid()
-            soft = ((own - rate) / self.temperature).sigmoid()
-            return straight_through(keep_above(own, rate.detach(), self.costs.minimum), soft)
-
-        return gates
+        return lambda: straight_through(*self._gate(i))

@@ -6,7 +6,7 @@ for sparsity and one for smoothness, and differ in both; ``docs/xpruner.md`` say
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +51,6 @@ PENALTIES: dict[str, Penalty] = {
 }
 
 
-def _total(values: object) -> Tensor:
-    found = list(values)  # type: ignore[call-overload]
+def _total(values: Iterable[Tensor]) -> Tensor:
+    found = list(values)
     return torch.stack(found).sum() if found else torch.zeros(())
