@@ -75,7 +75,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("words", nargs=argparse.REMAINDER, metavar="-- ...", help="model, data and the like")
     options = parser.parse_args(words)
     options.words = [word for word in options.words if word != "--"]
-    options.narrow = dict(item.split(":", 1) for item in options.narrow)
+    narrow = [item.partition(":") for item in options.narrow]
+    options.narrow = {float(target): changes for target, _, changes in narrow}
+    if not set(options.narrow) <= set(options.targets):
+        parser.error(f"--narrow must be for --targets, found {sorted(options.narrow)}")
     if options.epochs < 3:
         parser.error(f"--epochs must be at least 3, one for each step, found {options.epochs}")
     return options
@@ -193,7 +196,7 @@ def models_of(options: argparse.Namespace, seed: int, bar: tqdm) -> list[tuple[d
             ),
         }
         folders = dict(zip(ways, ("dimap", "units", "xpruner", "spvit")))
-        changes = options.narrow.get(f"{target:g}")
+        changes = options.narrow.get(target)
         if changes:
             ways["narrower, from scratch"] = lambda: narrow(options, at / "narrow", seed, changes)
             folders["narrower, from scratch"] = "narrow"

@@ -101,6 +101,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.error("--search-epochs must be at least 1, and --tune-epochs 0 or more")
     if options.operations and (options.start == "search" or options.step == "search"):
         parser.error("--operations leaves the search out: --start search and --step search need it")
+    if options.start == "search" and options.control in ("neurons", "skip"):
+        parser.error(f"--control {options.control} needs --start original, found search")
     if options.teacher_checkpoint and not options.teacher:
         parser.error("--teacher-checkpoint needs --teacher")
     return options

@@ -89,7 +89,7 @@ def test_convolutions_that_mix_heads_are_not_saved(tmp_path):
     ({"blocks.0.attn": {"conv1": 7}}, "conv1 of 7 in the place of blocks.0.attn, which must be 6"),
     ({"blocks.0.attn": {"skip": 2}}, "which must be 0 or 1"),
     ({"blocks.9.attn": {"skip": 0}}, "'skip' in the place of 'blocks.9.attn'"),
-    ({"blocks.0.attn": {"skip": 0, "heads": 2}}, "or of more than that"),
+    ({"blocks.0.attn": {"skip": 0, "heads": 2}}, "must tell of one operation"),
     ({"blocks.0.attn": {"conv5": 6}}, "'conv5' removed from 'blocks.0.attn'"),
     ({"blocks.0.attn": {"conv3": 6}}, "one of them only or of another shape"),
 ])  # fmt: skip

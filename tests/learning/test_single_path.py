@@ -167,16 +167,20 @@ def train(search, steps, weight_lr=5e-4, gate_lr=3e-2):
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 def test_training_comes_down_to_the_target(build):
     torch.manual_seed(0)
-    search = SinglePathSearch(build(), 0.5, steps=150)
-    train(search, 150)
-    assert search.choices().share == pytest.approx(0.5, abs=0.02)
+    search = SinglePathSearch(build(), 0.7, steps=200)
+    train(search, 200)
+    found = search.choices()
+    assert found.share == pytest.approx(0.7, abs=0.02)
+    kept = sum(int(keep.sum()) for keep in found.neurons.values())
+    assert 0 < kept < sum(len(keep) for keep in found.neurons.values())
 
 
-def test_a_fixed_weight_pulls_and_does_not_hold():
+def test_a_fixed_weight_pulls_and_does_not_hold_and_never_says_it_is_done():
     torch.manual_seed(0)
     search = SinglePathSearch(small_vit(), 0.5, steps=20, weight=1e-9)
-    train(search, 20)
+    train(search, 60, gate_lr=1e-3)
     assert search.choices().share > 0.9
+    assert not search.stands_still()
 
 
 def test_an_interrupted_search_goes_on_to_the_same_weights():
@@ -229,6 +233,7 @@ def test_choices_fit_a_fresh_model_and_no_other():
     ({"weight": -1.0}, "weight must be greater than 0"),
     ({"temperature": 0.0}, "temperature must be greater than 0"),
     ({"initial": -1.5}, "initial must be greater than 0"),
+    ({"weight": float("inf")}, "weight must be greater than 0 and finite"),
     ({"steps": 0}, "steps must be an int of 1 or more"),
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused_and_leave_the_model(more, error):
@@ -261,8 +266,37 @@ def test_a_search_compiles_trains_in_bfloat16_and_with_checkpoints():
     assert all(gate.grad is not None and gate.grad.isfinite().all() for gate in search.gates())
 
 
+def test_a_finish_that_fails_leaves_the_search_going():
+    for build in BUILDS.values():
+        search = SinglePathSearch(build(), 0.6, steps=9)
+        names = list(search.model.state_dict())
+        with pytest.raises(ValueError, match="skip must be one of"):
+            search.finish(skip="no")
+        assert list(search.model.state_dict()) == names
+        train(search, 1)
+        assert search.finish()
+        assert not any("gate" in name for name in search.model.state_dict())
+
+
+def test_masked_neurons_are_refused():
+    model = small_vit()
+    units = torch_dimap.group_units(model)
+    torch_dimap.global_module_aware_structured({"neurons": units["neurons"]}, 0.5)
+    with pytest.raises(RuntimeError, match="MLPs must have no masks, found some in blocks.0.mlp"):
+        SinglePathSearch(model, 0.6, steps=9)
+    assert SinglePathSearch(torch_dimap.remove_units(model), 0.6, steps=9)
+
+
+def test_what_is_no_state_and_no_choice_is_refused():
+    search = SinglePathSearch(small_vit(), 0.6, steps=9)
+    with pytest.raises(ValueError, match="must hold done and held, found nothing"):
+        search.load_state_dict({})
+    with pytest.raises(TypeError, match="choices must be a SinglePath"):
+        learning.apply_single_path(small_vit(), None)
+
+
 def test_a_second_search_in_the_same_model_is_refused():
     model = small_vit()
     SinglePathSearch(model, 0.6, steps=9)
-    with pytest.raises(ValueError, match="SinglePathAttention"):
+    with pytest.raises(ValueError, match="searched already"):
         SinglePathSearch(model, 0.6, steps=9)

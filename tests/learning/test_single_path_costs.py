@@ -3,7 +3,9 @@
 import pytest
 import timm
 import torch
+from timm.layers import GluMlp, SwiGLU
 
+import torch_dimap
 from torch_dimap import learning
 
 CODES = {"M": "attention", "3": "conv3", "1": "conv1", "0": "skip"}
@@ -70,3 +72,15 @@ def test_choices_of_another_type_or_for_replaced_attentions_are_refused(tiny):
     learning.replace_attentions(small, {"blocks.1.attn": "skip"})
     with pytest.raises(ValueError, match="blocks.1.attn replaced"):
         learning.single_path_flops(small, ["skip"] * 2, [1] * 2)
+
+
+@pytest.mark.parametrize("more", [
+    {"mlp_layer": GluMlp}, {"mlp_layer": SwiGLU}, {"reg_tokens": 4}, {},
+], ids=["gated", "SwiGLU", "registers", "plain"])  # fmt: skip
+def test_the_count_is_near_to_what_is_computed(more):
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, **more).eval()
+    neurons = [layer.units for layer in torch_dimap.group_units(model)["neurons"]]
+    count = torch_dimap.count_flops(model, torch.zeros(1, 3, 224, 224)).dense
+    assert learning.single_path_flops(model, ["attention"] * 2, neurons) == pytest.approx(
+        count, rel=0.03
+    )

@@ -214,10 +214,30 @@ def test_masks_are_refused_before_and_held_after():
 
 
 def test_maps_of_another_size_and_attention_masks_are_refused():
-    model = learning.replace_attentions(
-        small_vit(dynamic_img_size=True), {"blocks.0.attn": "conv3"}
-    )
+    model = learning.replace_attentions(small_vit(), {"blocks.0.attn": "conv3"})
     with pytest.raises(ValueError, match="expected 4 x 4 tokens besides 1 others, found 36"):
-        model(torch.zeros(1, 3, 48, 48))
+        model.blocks[0].attn(torch.zeros(1, 37, 24))
     with pytest.raises(ValueError, match="takes no attention mask"):
         model.blocks[0].attn(torch.zeros(1, 17, 24), attn_mask=torch.ones(17, 17))
+
+
+@pytest.mark.parametrize("more", [{"dynamic_img_size": True}, {"patch_drop_rate": 0.5}])
+def test_models_whose_map_of_patches_changes_are_refused(more):
+    with pytest.raises(ValueError, match="always given the same map of patches"):
+        learning.replace_attentions(small_vit(**more), {"blocks.0.attn": "conv3"})
+
+
+def test_a_swin_with_convolutions_takes_another_size_of_images():
+    model = learning.replace_attentions(small_swin(), {"layers.0.blocks.1.attn": "conv3"}).eval()
+    model.set_input_size(img_size=(64, 64))
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+
+
+def test_collapsing_minds_only_masks_on_what_it_collapses():
+    model = learning.replace_attentions(small_vit(), {"blocks.0.attn": "conv3"})
+    nn.utils.prune.l1_unstructured(model.blocks[1].attn.qkv, "weight", 0.5)
+    nn.utils.prune.l1_unstructured(model.blocks[0].attn.proj, "weight", 0.5)
+    with pytest.raises(RuntimeError, match="blocks.0.attn.proj.weight"):
+        learning.collapse_convolutions(model)
+    nn.utils.prune.remove(model.blocks[0].attn.proj, "weight")
+    assert learning.collapse_convolutions(model).blocks[0].attn.operation == "conv3"

@@ -75,11 +75,16 @@ def plan_replacements(
     for name, done in wanted.items():
         (operation, number), *others = done.items()
         site = sites.get(name)
-        if others or site is None or isinstance(site.attention, Operation):
+        if others:
+            raise ValueError(
+                f"{where} must tell of one operation in the place of {name[:80]!r}, found "
+                f"{len(done)}."
+            )
+        if site is None or isinstance(site.attention, Operation):
             raise ValueError(
                 f"{where} tells of {operation[:40]!r} in the place of {name[:80]!r}, where "
-                f"{type(model).__name__} has no attention, or of more than that: build the model "
-                "that the file was written from."
+                f"{type(model).__name__} has no attention: build the model that the file was "
+                "written from."
             )
         if number not in ((0, 1) if operation == "skip" else (site.width,)):
             raise ValueError(

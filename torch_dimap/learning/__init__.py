@@ -6,7 +6,8 @@ from torch_dimap.learning.held_cost import HeldCost, stands_still
 from torch_dimap.learning.joined import Joined
 from torch_dimap.learning.layer_rates import LayerRates
 from torch_dimap.learning.percentiles import KeptShare, prune_units_by_percentile
-from torch_dimap.learning.single_path import SinglePath, SinglePathSearch, apply_single_path
+from torch_dimap.learning.single_path import SinglePathSearch
+from torch_dimap.learning.single_path_choices import SinglePath, apply_single_path
 from torch_dimap.learning.single_path_costs import single_path_flops
 from torch_dimap.operations import (
     collapse_convolutions,

@@ -6,14 +6,13 @@ Source: He et al., "Pruning Self-attentions into Convolutional Layers in Single 
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_dimap.learning.held_cost import HeldCost, stands_still
+from torch_dimap.learning.held_cost import HeldCost
 from torch_dimap.learning.single_path_attention import (
     SinglePathAttention,
     SinglePathBlock,
@@ -21,36 +20,18 @@ from torch_dimap.learning.single_path_attention import (
     nested,
     sample_gates,
 )
-from torch_dimap.learning.single_path_costs import single_path_costs
+from torch_dimap.learning.single_path_choices import SinglePath, apply_single_path
+from torch_dimap.learning.single_path_costs import find_mlps, single_path_costs
 from torch_dimap.masking import all_or_nothing
 from torch_dimap.operations import (
     SharedConvolution,
-    Site,
+    check_positive,
     default_temperature,
     find_sites,
-    replace_attentions,
 )
-from torch_dimap.text import name_some
-from torch_dimap.units import UnitLayer, list_units, mask_units, original_class, slim_class
+from torch_dimap.units import original_class, slim_class
 
 GATES = "gate_logits"
-
-
-class SinglePath(NamedTuple):
-    """What a search has chosen.
-
-    Attributes:
-        operations: name of an attention -> ``"attention"``, ``"conv3"``, ``"conv1"`` or
-            ``"skip"``, in the order of blocks.
-        neurons: name of an MLP -> one flag per neuron, True for what stays.
-        flops: multiply-adds for one image, as :func:`single_path_flops` counts them.
-        share: the same as a share of the dense model's.
-    """
-
-    operations: dict[str, str]
-    neurons: dict[str, Tensor]
-    flops: int
-    share: float
 
 
 class SinglePathSearch:
@@ -72,7 +53,8 @@ class SinglePathSearch:
 
     In evaluation the model runs what the gates have decided so far. The gates and batch
     norms are the model's own parameters until :meth:`finish` or :meth:`remove`, so DDP
-    and state dicts have them.
+    and state dicts have them. Convert the model to another dtype before, not while it is
+    searched: gates in bfloat16 could not move in small steps.
 
     Args:
         model: one of timm's ViTs or Swins, without masks; changed in place.
@@ -93,7 +75,7 @@ class SinglePathSearch:
         TypeError, ValueError: for other models or attentions, blocks without an MLP whose
             neurons can go, a target below what is left when all is gone (the message names
             it), or numbers out of range.
-        RuntimeError: if attentions are pruned.
+        RuntimeError: if attentions or MLPs are pruned.
     """
 
     def __init__(
@@ -106,6 +88,12 @@ class SinglePathSearch:
         initial: float = 1.5,
     ) -> None:
         caller = "SinglePathSearch()"
+        if any(isinstance(module, SinglePathAttention) for module in model.modules()):
+            raise ValueError(
+                f"{caller}: the model must not be searched already, found gates in it: call "
+                "finish() or remove() of the other search first."
+            )
+        check_positive("target", target, caller)
         self.model = model
         self.target = target
         self.steps = steps
@@ -114,7 +102,7 @@ class SinglePathSearch:
         self._held = HeldCost(target, beta=40.0, eta=0.2)
         self._costs = single_path_costs(model, caller)
         sites = find_sites(model, caller)
-        self._mlps = _mlps(model, sites, caller)
+        self._mlps = find_mlps(model, sites, caller)
         lowest = self._costs.fixed / self._costs.dense
         if target < lowest:
             raise ValueError(
@@ -123,14 +111,10 @@ class SinglePathSearch:
             )
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"{caller}: steps must be an int of 1 or more, found {steps!r}.")
-        for name, number in (("weight", weight), ("temperature", temperature)):
-            if number is not None and not (_is_number(number) and number > 0):
-                raise ValueError(f"{caller}: {name} must be greater than 0, found {number!r}.")
-        if not _is_number(initial) or initial <= 0:
-            raise ValueError(
-                f"{caller}: initial must be greater than 0, so that gates are open at first, "
-                f"found {initial!r}."
-            )
+        numbers = {"weight": weight, "temperature": temperature, "initial": initial}
+        for name, number in numbers.items():
+            if number is not None:
+                check_positive(name, number, caller)
         self._attentions: dict[str, SinglePathAttention] = {}
         self._handles: list[Any] = []
         readers = [layer.reader for layer in self._mlps.values()]
@@ -178,22 +162,30 @@ class SinglePathSearch:
         share = self.share()
         if self.weight is not None:
             return (self.weight * (share - self.target) ** 2).float()
-        way = min(1.0, 2 * self.done / self.steps)
-        self._held.target = 1 - way * (1 - self.target)
+        self._aim()
         return self._held.penalty(share).float()
 
     def update(self) -> None:
         """Tell that a step is done: the multiplier moves where the target is missed."""
-        self.done += 1
         with torch.no_grad():
-            self._held.update(float(self.share()))
+            share = float(self.share())
+        self._aim()
+        self._held.update(share)
+        self.done += 1
 
     def stands_still(self) -> bool:
-        """Tell whether the cost stays at the target, or with a fixed ``weight`` anywhere."""
-        held = self._held
-        if self.weight is None:
-            return 2 * self.done > self.steps and held.stands_still()
-        return stands_still(held.shares, held.shares.maxlen or 1, held.tolerance)
+        """Tell whether the cost has reached its target and stays there.
+
+        Never with a fixed ``weight``: the authors have no rule, and such a search may rest
+        anywhere.
+        """
+        self._aim()
+        return self.weight is None and 2 * self.done > self.steps and self._held.stands_still()
+
+    def _aim(self) -> None:
+        """Set what is held at this step: it comes down to the target."""
+        way = min(1.0, 2 * self.done / self.steps)
+        self._held.target = 1 - way * (1 - self.target)
 
     def choices(self) -> SinglePath:
         """Return what the gates have decided so far.
@@ -213,17 +205,9 @@ class SinglePathSearch:
 
     def remove(self) -> nn.Module:
         """Take all gates away: the model has its attentions and neurons, as trained so far."""
-        if not self._handles:
-            return self.model
-        for name, made in self._attentions.items():
-            block = self.model.get_submodule(name.rpartition(".")[0])
-            block.attn = made.attention
-            block.__class__ = original_class(type(block))
-        for handle in self._handles:
-            handle.remove()
-        for layer in self._mlps.values():
-            layer.reader._parameters.pop(GATES, None)
-        self._handles = []
+        if self._handles:
+            self._take_away()
+            self._handles = []
         return self.model
 
     def finish(self, skip: str = "zero") -> SinglePath:
@@ -231,17 +215,36 @@ class SinglePathSearch:
 
         Neurons that go are masked by torch's own mechanism, and attentions are replaced,
         as :func:`apply_single_path` does it, which see. Convolutions go on with the shares
-        of heads and the batch norms that were trained.
+        of heads and the batch norms that were trained. Make optimizers and EMAs anew.
+
+        Raises:
+            ValueError, RuntimeError: as that; then the search goes on as it was.
         """
         choices = self.choices()
-        self.remove()
-        apply_single_path(self.model, choices, skip)
+        blocks = [self._block(name) for name in self._attentions]
+        with all_or_nothing([*blocks, *(layer.reader for layer in self._mlps.values())]):
+            self._take_away()
+            apply_single_path(self.model, choices, skip)
+        self._handles = []
         for name, trained in self._attentions.items():
             made = self.model.get_submodule(name)
             if isinstance(made, SharedConvolution):
                 made.temperature = trained.temperature
                 trained.hand_over(made)
         return choices
+
+    def _block(self, attention: str) -> Any:
+        return self.model.get_submodule(attention.rpartition(".")[0])
+
+    def _take_away(self) -> None:
+        for name, made in self._attentions.items():
+            block = self._block(name)
+            block.attn = made.attention
+            block.__class__ = original_class(type(block))
+        for handle in self._handles:
+            handle.remove()
+        for layer in self._mlps.values():
+            layer.reader._parameters.pop(GATES, None)
 
     def _check_running(self) -> None:
         if not self._handles:
@@ -256,68 +259,13 @@ class SinglePathSearch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
+        if set(state) != {"done", "held"}:
+            raise ValueError(
+                "SinglePathSearch.load_state_dict(): state must hold done and held, found "
+                f"{', '.join(map(str, state)) or 'nothing'}: pass what state_dict() returned."
+            )
         self.done = state["done"]
         self._held.load_state_dict(state["held"])
-
-
-def apply_single_path(
-    model: nn.Module,
-    choices: SinglePath,
-    skip: str = "zero",
-    temperature: float | None = None,
-) -> nn.Module:
-    """Make a dense model what a search has chosen, ready to be fine-tuned.
-
-    Attentions are replaced as by :func:`replace_attentions`, and the neurons that go are
-    masked, by torch's own mechanism. Then train; at the end ``remove_units(model)`` cuts
-    the neurons out and :func:`collapse_convolutions` makes plain convolutions.
-
-    Args:
-        model: a dense model of the same architecture, with the weights to start from: the
-            original ones, as the authors do. It is changed in place.
-        choices: what :meth:`SinglePathSearch.choices` or ``finish`` returned.
-        skip: as in :func:`replace_attentions`.
-        temperature: as there.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        As :func:`replace_attentions`; and ValueError if the model has other MLPs.
-    """
-    caller = "apply_single_path()"
-    sites = find_sites(model, caller)
-    layers = _mlps(model, sites, caller)
-    wrong = [
-        name for name in layers.keys() | choices.neurons.keys()
-        if name not in layers or name not in choices.neurons
-        or layers[name].units != len(choices.neurons[name])
-    ]  # fmt: skip
-    if wrong:
-        raise ValueError(
-            f"{caller}: choices must be for the MLPs of the model, found {name_some(wrong)} in "
-            "one of them only or of another width: build the model that was searched."
-        )
-    going = {name: layer for name, layer in layers.items() if not choices.neurons[name].all()}
-    with all_or_nothing([site.block for site in sites]):
-        replace_attentions(model, choices.operations, skip, temperature)
-        if going:
-            keeps = [choices.neurons[name] for name in going]
-            mask_units({"neurons": list(going.values())}, {"neurons": keeps}, caller)
-    return model
-
-
-def _mlps(model: nn.Module, sites: list[Site], caller: str) -> dict[str, UnitLayer]:
-    """Return the unit layers of the blocks' MLPs, in the order of blocks."""
-    layers = {x.name: x for x in list_units(model, None, caller) if x.kind == "neurons"}
-    names = [f"{site.name.rpartition('.')[0]}.mlp" for site in sites]
-    wrong = [name for name in names if name not in layers or layers[name].obstacle]
-    if wrong:
-        raise ValueError(
-            f"{caller}: expected an MLP whose neurons can go in every block, found none in "
-            f"{name_some(wrong)}."
-        )
-    return {name: layers[name] for name in names}
 
 
 def _gate_neurons(reader: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -329,7 +277,3 @@ def _gate_neurons(reader: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]
 
 def _is_gate(name: str) -> bool:
     return name.rpartition(".")[2] == GATES
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value

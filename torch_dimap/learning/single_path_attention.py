@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_dimap.learning.gates import straight_through
+from torch_dimap.learning.single_path_costs import NESTED
 from torch_dimap.operations import (
     TAPS,
     SharedConvolution,
@@ -23,9 +24,6 @@ from torch_dimap.operations import (
     on_map,
     refuse_mask,
 )
-
-# The gate logits of an attention: at least a 1x1 convolution, at least a 3x3 one, attention.
-NAMES = ("skip", "conv1", "conv3", "attention")  # by the number of open gates
 
 
 def sample_gates(logits: Tensor) -> Tensor:
@@ -62,6 +60,7 @@ def damped(gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class SinglePathAttention(nn.Module):
     """An attention that can be a convolution or nothing, as its gates have it.
 
+    Its three gates: at least a 1x1 convolution, at least a 3x3 one, attention.
     While training, all three branches are computed and each forward draws its gates; in
     evaluation only what the gates have decided runs. With all gates open the outputs are
     the attention's own.
@@ -99,9 +98,13 @@ class SinglePathAttention(nn.Module):
             + conv1 * (1 - conv3) * (1 - attention) * self._convolve(x, "conv1")
         )
 
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """Follow a Swin block to another size of images."""
+        self.attention.set_window_size(window_size)
+
     def decision(self) -> str:
         """Name the operation that the gates have decided for."""
-        return NAMES[int(nested(self.gate_logits.detach() > 0).sum())]
+        return NESTED[int(nested(self.gate_logits.detach() > 0).sum())]
 
     def _decided(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         operation = self.decision()

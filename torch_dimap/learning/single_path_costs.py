@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from torch_dimap.operations import OPERATIONS, Operation, Site, find_sites
+from torch_dimap.text import name_some
+from torch_dimap.units import UnitLayer, list_units
 
 CALL = "single_path_flops()"
 # From the cheapest to the dearest, as the gates nest: none open, one, two, all three.
@@ -50,7 +52,9 @@ def single_path_flops(
     products with queries, keys and values in them; and neither the class token in
     convolutions and MLPs, nor biases, activations and batch norms.
     :func:`torch_dimap.count_flops` counts what is computed instead, and differs from this
-    by a few in a hundred.
+    by a few in a hundred. Where the authors' formulas say nothing: a neuron of a gated MLP costs
+    what makes and reads it; registers count in attentions as a class token does; and so do
+    the paddings of a Swin's windows.
 
     Args:
         model: one of timm's ViTs or Swins, dense.
@@ -74,7 +78,7 @@ def single_path_flops(
         >>> single_path_flops(deit, ["attention"] * 12, [768] * 12)
         1251052032
         >>> single_path_flops(deit, ["conv1"] * 2 + ["attention"] * 10, [384] * 12)
-        796193280
+        825966336
     """
     costs = single_path_costs(model, CALL)
     blocks = len(costs.neuron)
@@ -115,13 +119,42 @@ def single_path_costs(model: nn.Module, caller: str) -> SinglePathCosts:
             "the dense model, which the operations are chosen for."
         )
     fixed = sum(2 * site.dim * _tokens(site) for site in sites) + _around_blocks(model)
-    neurons = [cast(Any, site.block).mlp.fc2.weight.shape[1] for site in sites]
+    mlps = find_mlps(model, sites, caller).values()
     return SinglePathCosts(
         fixed,
         tuple(map(_attention_costs, sites)),
-        tuple(2 * site.dim * _patches(site) for site in sites),
-        tuple(neurons),
+        tuple(_weights_of_one(mlp) * _patches(site) for mlp, site in zip(mlps, sites)),
+        tuple(mlp.units for mlp in mlps),
     )
+
+
+def find_mlps(model: nn.Module, sites: list[Site], caller: str) -> dict[str, UnitLayer]:
+    """Return the unit layers of the blocks' MLPs by name, in the order of blocks.
+
+    Raises:
+        ValueError: if a block has no MLP whose neurons can go.
+        RuntimeError: if MLPs have masks.
+    """
+    layers = {x.name: x for x in list_units(model, None, caller) if x.kind == "neurons"}
+    names = [f"{site.name.rpartition('.')[0]}.mlp" for site in sites]
+    wrong = [name for name in names if name not in layers or layers[name].obstacle]
+    if wrong:
+        raise ValueError(
+            f"{caller}: expected an MLP whose neurons can go in every block, found none in "
+            f"{name_some(wrong)}."
+        )
+    masked = [name for name in names if any(part.mask is not None for part in layers[name].parts)]
+    if masked:
+        raise RuntimeError(
+            f"{caller}: MLPs must have no masks, found some in {name_some(masked)}: call "
+            "remove_units(model) or remove_all(model) first."
+        )
+    return {name: layers[name] for name in names}
+
+
+def _weights_of_one(mlp: UnitLayer) -> int:
+    """Count the weights that make and read one neuron."""
+    return sum(part.tensor.numel() for part in mlp.parts if part.name == "weight") // mlp.units
 
 
 def _patches(site: Site) -> int:
@@ -129,8 +162,7 @@ def _patches(site: Site) -> int:
 
 
 def _tokens(site: Site) -> int:
-    # A class token counts, registers and a distillation token do not: the formulas are older.
-    return _patches(site) + bool(site.prefix_tokens)
+    return _patches(site) + site.prefix_tokens
 
 
 def _attention_costs(site: Site) -> tuple[int, ...]:

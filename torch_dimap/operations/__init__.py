@@ -11,6 +11,7 @@ from torch_dimap.operations.modules import (
 )
 from torch_dimap.operations.replacing import (
     OPERATIONS,
+    check_positive,
     collapse_convolutions,
     default_temperature,
     plain_operation,
@@ -29,6 +30,7 @@ __all__ = [
     "SharedConvolution",
     "Site",
     "Skip",
+    "check_positive",
     "collapse_convolutions",
     "convolve",
     "default_temperature",

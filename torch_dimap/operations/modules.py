@@ -67,6 +67,9 @@ class Operation(nn.Module):
         refuse_mask(attn_mask, is_causal)
         return on_map(x, self.grid, self.prefix_tokens, self.operate)
 
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """Follow a Swin block to another size of images: here there are no windows."""
+
     def operate(self, x: Tensor) -> Tensor:
         """Map a map (batch, height, width, dim) to another."""
         raise NotImplementedError

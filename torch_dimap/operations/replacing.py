@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_dimap.masking import all_or_nothing
+from torch_dimap.masking import all_or_nothing, pruned_tensors
 from torch_dimap.operations.modules import (
     TAPS,
     Operation,
@@ -22,6 +24,7 @@ from torch_dimap.units import slim_class
 
 OPERATIONS = ("attention", "conv3", "conv1", "skip")  # from the dearest to the cheapest
 SKIPS = ("zero", "norm")
+CALL = "collapse_convolutions()"
 
 
 class WholeMap(nn.Module):
@@ -102,11 +105,22 @@ def collapse_convolutions(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model``, changed in place.
+
+    Raises:
+        RuntimeError: if such a convolution has masks.
     """
-    sites = find_sites(model, "collapse_convolutions()")
-    for site in sites:
-        if isinstance(site.attention, SharedConvolution):
-            site.block.attn = site.attention.collapsed()
+    shared = {name: made for name, made in replaced_attentions(model).items()
+              if isinstance(made, SharedConvolution)}  # fmt: skip
+    places = tuple(f"{name}." for name in shared)
+    pruned = [x.label for x in pruned_tensors(model, CALL) if x.label.startswith(places)]
+    if shared and pruned:
+        raise RuntimeError(
+            f"{CALL}: convolutions must have no masks, found some on {name_some(pruned)}: call "
+            "remove_all(model) first."
+        )
+    for name, made in shared.items():
+        place, _, last = name.rpartition(".")
+        setattr(model.get_submodule(place), last, made.collapsed())
     return model
 
 
@@ -157,6 +171,14 @@ def _shared(site: Site, operation: str, temperature: float) -> SharedConvolution
     return made.train(attention.training)
 
 
+def check_positive(name: str, value: Any, caller: str) -> None:
+    """Refuse what is no finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{caller}: {name} must be a number, found {type(value).__name__}.")
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"{caller}: {name} must be greater than 0 and finite, found {value}.")
+
+
 def _check(
     sites: Mapping[str, Site],
     operations: Mapping[str, str],
@@ -184,8 +206,8 @@ def _check(
             )
     if skip not in SKIPS:
         raise ValueError(f"{caller}: skip must be one of {', '.join(SKIPS)}, found {skip!r}.")
-    if temperature is not None and not 0 < temperature < float("inf"):
-        raise ValueError(f"{caller}: temperature must be greater than 0, found {temperature}.")
+    if temperature is not None:
+        check_positive("temperature", temperature, caller)
     wanted = {name: op for name, op in operations.items() if op != sites[name].operation}
     replaced = [name for name in wanted if isinstance(sites[name].attention, Operation)]
     if replaced:

@@ -73,6 +73,12 @@ def find_sites(model: nn.Module, caller: str) -> list[Site]:
             f"give their blocks a map of patches, found {type(model).__name__}: pass the model "
             "itself, without wrappers."
         )
+    if hasattr(model, "num_prefix_tokens") and _changes_its_map(model):
+        raise ValueError(
+            f"{caller}: expected a ViT that is always given the same map of patches, found one "
+            "with dynamic_img_size, patch_drop_rate, or a network before its patches: build it "
+            "for one size of images, without these."
+        )
     blocks = {
         name: module for name, module in model.named_modules()
         if isinstance(getattr(module, "attn", None), nn.Module)
@@ -96,6 +102,13 @@ def find_sites(model: nn.Module, caller: str) -> list[Site]:
             "remove_all(model) first."
         )
     return [_site(f"{name}.attn", block, model) for name, block in blocks.items()]
+
+
+def _changes_its_map(model: Any) -> bool:
+    """Tell a ViT whose tokens are not always those of the map that it was built for."""
+    embedding = model.patch_embed
+    fixed = getattr(embedding, "strict_img_size", True)
+    return not fixed or hasattr(embedding, "backbone") or bool(getattr(model.patch_drop, "prob", 0))
 
 
 def _class_names(module: nn.Module) -> list[str]:
