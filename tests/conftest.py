@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 import timm
 import torch
 from small_swin import write_images
 from torch import nn
+
+# Processes that run tests side by side share the cores, and so do those that they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 # A slow spell of a shared machine is no failure.
 hypothesis.settings.register_profile("patient", deadline=None)
