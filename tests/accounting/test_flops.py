@@ -509,3 +509,13 @@ def test_count_flops_credits_every_layer_of_other_families(name, settings):
     size = settings.get("img_size", 224)
     count = count_flops(model, torch.zeros(1, 3, size, size), groups)
     assert all(flops.dense > flops.masked > 0 for flops in count.layers.values())
+
+
+def test_count_flops_shows_a_bar_where_it_is_asked_for_and_leaves_no_hook(capsys):
+    net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    parameters, inputs = [(net[0], "weight")], torch.zeros(1, 8)
+    silent = count_flops(net, inputs, parameters)
+    assert "modules" not in capsys.readouterr().err
+    assert count_flops(net, inputs, parameters, progress=True) == silent
+    assert "modules" in capsys.readouterr().err
+    assert not any(module._forward_hooks for module in net.modules())

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from tqdm import tqdm
 
 from torch_dimap.accounting.inputs import Inputs, arguments_for, called_by_place
 from torch_dimap.accounting.products import Handle, product_handles, refuse_unknown
@@ -53,6 +55,7 @@ def count_flops(
     inputs: Inputs,
     parameters: Mapping[str, Iterable[Pair]] | Iterable[Pair] | None = None,
     op_handles: Mapping[str, Handle | None] | None = None,
+    progress: bool = False,
 ) -> FlopCount:
     """Count the multiply-adds of one forward, and those that pruning saves.
 
@@ -74,6 +77,8 @@ def count_flops(
             and to weight by their density. Default: ``group_parameters(model)``.
         op_handles: operator -> formula in fvcore's form, or None to count it as
             nothing; for operators that this function does not know.
+        progress: show a bar of the modules that are traced: a large network takes as long
+            as ten forwards.
 
     Returns:
         Dense, masked and uniform counts, as ints, in all, by group and by layer.
@@ -96,7 +101,7 @@ def count_flops(
     groups = find_layers_in(model, parameters, "count_flops()")
     inputs = arguments_for(model, inputs, "count_flops()")
     layers = [layer for members in groups.values() for layer in members]
-    total, dense = _trace(model, inputs, layers, op_handles or {})
+    total, dense = _trace(model, inputs, layers, op_handles or {}, progress)
     kept = {layer.label: int(layer.weight.count_nonzero()) for layer in layers}
     size = {layer.label: layer.parameter.numel() for layer in layers}
     by_group, by_layer = {}, {}
@@ -128,9 +133,10 @@ def _trace(
     inputs: Any,
     layers: list[Layer],
     op_handles: Mapping[str, Handle | None],
+    progress: bool,
 ) -> tuple[int, Counter[str]]:
     """Return the FLOPs of a dense forward, in all and by the label of the weight."""
-    analysis = _analyse(model, inputs, layers, op_handles)
+    analysis = _analyse(model, inputs, layers, op_handles, progress)
     dense = Counter({layer.label: 0 for layer in layers})
     for key, count in analysis.by_operator().items():
         if isinstance(key, Layer):
@@ -143,6 +149,7 @@ def _analyse(
     inputs: Any,
     layers: list[Layer],
     op_handles: Mapping[str, Handle | None],
+    progress: bool = False,
 ) -> Any:
     """Trace a dense forward with fvcore, and refuse what it cannot count."""
     with warnings.catch_warnings():  # the import scripts functions, which torch deprecates
@@ -150,7 +157,15 @@ def _analyse(
         from fvcore.nn import FlopCountAnalysis
 
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: it cannot be traced
-    with untouched(model), called_by_place(model, inputs) as placed:
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    bar = tqdm(total=len(modules), unit=" modules", desc="FLOPs", leave=False, disable=not progress)
+
+    def tick(*_: Any) -> None:  # as a hook it must return nothing, and update() may not
+        bar.update()
+
+    with untouched(model), called_by_place(model, inputs) as placed, bar:
+        for module in modules if progress else ():
+            module.register_forward_hook(tick)
         for layer in pruned_tensors(model, "count_flops()"):
             # For parents that read the tensor before any hook has made it anew.
             vars(layer.module)[layer.name] = layer.parameter

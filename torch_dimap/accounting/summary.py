@@ -31,6 +31,7 @@ def summarize(
     inputs: Inputs | None = None,
     parameters: Mapping[str, Iterable[Pair]] | Iterable[Pair] | None = None,
     thresholds: Mapping[str, float] | None = None,
+    progress: bool = False,
 ) -> Summary:
     """Tell by layer, by group and in all what pruning has left of a model.
 
@@ -47,6 +48,7 @@ def summarize(
         parameters: group -> ``(module, name)`` pairs, or pairs alone. Default:
             ``group_parameters(model)``.
         thresholds: group -> threshold, as the pruning call returned them.
+        progress: show a bar while FLOPs are counted.
 
     Returns:
         A :class:`Summary`: ``str()`` or ``.to_markdown()`` for people, ``.to_dict()``
@@ -68,7 +70,9 @@ def summarize(
     check_thresholds(thresholds, groups, "summarize()")
     pairs = {g: [(x.module, x.name) for x in layers] for g, layers in groups.items()}
     units = units_of_tensors(model)
-    flops = None if inputs is None else count_flops(model, inputs, pairs)
+    flops = None if inputs is None else count_flops(
+        model, inputs, pairs, progress=progress
+    )
     slim = None if inputs is None or not units else count_slim_flops(model, inputs, pairs)
     rows = {
         group: [

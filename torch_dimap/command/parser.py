@@ -55,7 +55,9 @@ def _summarize(arguments: argparse.Namespace) -> str:
         return FORMATS[arguments.format](summarize(skeleton(read_weights(source))))
     model = open_model(arguments)
     inputs = None if arguments.no_flops else image_for(model, arguments)
-    return FORMATS[arguments.format](summarize(model, inputs))
+    return FORMATS[arguments.format](
+        summarize(model, inputs, progress=sys.stderr.isatty())
+    )
 
 
 def _table1_arguments(parser: argparse.ArgumentParser) -> None:
