@@ -245,3 +245,15 @@ def test_masks_alone_find_the_part_that_they_belong_to(tmp_path, trained, images
     save_pruned(both, tmp_path / "masks.safetensors", masks_only=True)
     load_pruned(dense, tmp_path / "masks.safetensors", masked=True)
     torch.testing.assert_close(dense(images), trained(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("call", [prune_like, load_pruned])
+def test_masks_that_scale_are_refused_and_leave_the_model(call):
+    net = nn.Sequential(nn.Linear(4, 3))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    state = {"0.weight_orig": torch.ones(3, 4), "0.weight_mask": torch.full((3, 4), 0.5),
+             "0.bias": torch.zeros(3)}  # fmt: skip
+    with pytest.raises(ValueError, match="mask of '0.weight' must be of 0 and 1"):
+        call(net, state)
+    assert net.state_dict().keys() == before.keys()
+    assert all(torch.equal(net.state_dict()[name], before[name]) for name in before)

@@ -123,3 +123,25 @@ def test_straight_through_leaves_its_arguments_alone():
     hard, soft = torch.ones(2), torch.zeros(2, requires_grad=True)
     straight_through(hard, soft).mul_(3)
     assert hard.tolist() == [1, 1] and not hard.requires_grad
+
+
+def test_gates_of_another_shape_are_refused_in_the_forward(images):
+    model = make_vit().eval()
+    layer = torch_dimap.group_units(model)["neurons"][0]
+    for wrong in (torch.ones(1), torch.ones(()), torch.ones(4, 3)):  # one would scale all
+        with gated({layer: lambda wrong=wrong: wrong}):
+            with pytest.raises(ValueError, match=f"must have the shape \\({layer.units},\\)"):
+                model(images)
+    assert not any(hooks(model))
+
+
+@pytest.mark.parametrize("gates", [None, [1], {"a": 2}])
+def test_gates_of_what_is_no_layer_are_refused(gates):
+    with pytest.raises(TypeError, match="gates must be a mapping unit layer"):
+        with gated(gates):
+            pass
+
+
+def test_straight_through_of_two_shapes_is_refused():
+    with pytest.raises(ValueError, match=r"one shape, found \(2,\) and \(3,\)"):
+        straight_through(torch.ones(2), torch.ones(3))

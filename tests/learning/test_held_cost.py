@@ -111,3 +111,8 @@ def test_held_cost_refuses_a_share_that_is_no_number():
 def test_load_state_dict_refuses_what_is_none():
     with pytest.raises(ValueError, match="found model"):
         HeldCost(0.5).load_state_dict({"model": {}})
+
+
+def test_stands_still_needs_a_window():
+    with pytest.raises(ValueError, match="window must be 1 or more, found 0"):
+        stands_still([1.0], 0, 0.1)

@@ -287,12 +287,29 @@ def test_masked_neurons_are_refused():
     assert SinglePathSearch(torch_dimap.remove_units(model), 0.6, steps=9)
 
 
+def test_units_removed_in_a_search_are_told_of():
+    model = small_vit()
+    search = SinglePathSearch(model, 0.6, steps=9)
+    units = torch_dimap.group_units(model)
+    torch_dimap.global_module_aware_structured({"neurons": units["neurons"]}, 0.5)
+    torch_dimap.remove_units(model)
+    with pytest.raises(RuntimeError, match="expected the 96 neurons .* found"):
+        model(IMAGES)
+    search.remove()
+    assert model(IMAGES).isfinite().all()
+
+
 def test_what_is_no_state_and_no_choice_is_refused():
     search = SinglePathSearch(small_vit(), 0.6, steps=9)
-    with pytest.raises(ValueError, match="must hold done and held, found nothing"):
+    with pytest.raises(ValueError, match="must hold target, steps, weight, done and held, found"):
         search.load_state_dict({})
+    other = SinglePathSearch(small_vit(), 0.6, steps=10).state_dict()
+    with pytest.raises(ValueError, match="of the same settings.*found steps=10"):
+        search.load_state_dict(other)
     with pytest.raises(TypeError, match="choices must be a SinglePath"):
         learning.apply_single_path(small_vit(), None)
+    with pytest.raises(TypeError, match="a tensor of flags for each MLP, found others for a"):
+        learning.apply_single_path(small_vit(), learning.SinglePath({}, {"a": [1]}, 0, 0.0))
 
 
 def test_a_second_search_in_the_same_model_is_refused():

@@ -70,8 +70,20 @@ def join_masks(entries: dict[str, Entry], where: str) -> dict[str, Entry]:
         mask = entries.get(f"{base}_mask") if base != name else None
         if mask is not None and mask.kind.shape != entry.kind.shape:
             raise ValueError(f"{where}: {base!r} must have a mask of its own shape.")
+        if mask is not None and not _holds_flags(mask):
+            raise ValueError(
+                f"{where}: the mask of {base!r} must be of 0 and 1, found other values, which "
+                "would scale its weights: multiply them in, and save the product as the tensor."
+            )
         joined[name if mask is None else base] = entry if mask is None else masked(entry, mask)
     return joined
+
+
+def _holds_flags(mask: Entry) -> bool:
+    """Tell whether a mask only keeps or takes away; of booleans there is no doubt."""
+    if mask.kind.dtype == torch.bool:
+        return True
+    return all(bool(((flags == 0) | (flags == 1)).all()) for flags, _ in mask.blocks())
 
 
 def fill(entry: Entry, values: Tensor) -> None:

@@ -90,6 +90,8 @@ class ClassMasks(nn.Module):
             )
         if num_classes < 1:
             raise ValueError(f"{caller}: num_classes must be 1 or more, found {num_classes}.")
+        if isinstance(initial, bool) or not isinstance(initial, numbers.Real):
+            raise TypeError(f"{caller}: initial must be a number, found {type(initial).__name__}.")
         if not math.isfinite(initial):
             raise ValueError(f"{caller}: initial must be finite, found {initial}.")
         self.num_classes = int(num_classes)

@@ -41,6 +41,9 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     Returns:
         A tensor of the dtype of ``soft``.
 
+    Raises:
+        ValueError: if they have different shapes.
+
     Example:
         >>> soft = torch.tensor([0.2, 0.7], requires_grad=True)
         >>> hard = straight_through(soft > 0.5, soft)
@@ -48,6 +51,11 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
         >>> hard.tolist(), soft.grad.tolist()
         ([0.0, 1.0], [3.0, 4.0])
     """
+    if hard.shape != soft.shape:
+        raise ValueError(
+            f"straight_through(): hard and soft must have one shape, found {tuple(hard.shape)} and "
+            f"{tuple(soft.shape)}."
+        )
     return _StraightThrough.apply(hard, soft)
 
 
@@ -68,8 +76,9 @@ def gated(gates: Mapping[UnitLayer, Gates], caller: str = "gated()") -> Iterator
         The layers whose gates have been applied so far, outside of compiled code.
 
     Raises:
+        TypeError: for keys that are no unit layers.
         ValueError: if a layer's reader is read without being called, so that no hook of
-            its would run.
+            its would run; in a forward, for gates of another shape.
 
     Example:
         >>> import timm, torch, torch_dimap
@@ -81,6 +90,11 @@ def gated(gates: Mapping[UnitLayer, Gates], caller: str = "gated()") -> Iterator
         >>> torch.equal(ones, vit(image))
         True
     """
+    if not isinstance(gates, Mapping) or not all(isinstance(x, UnitLayer) for x in gates):
+        raise TypeError(
+            f"{caller}: gates must be a mapping unit layer -> what returns its gates, found "
+            f"{type(gates).__name__}: see group_units(model)."
+        )
     uncalled = [layer.name for layer in gates if is_never_called(layer.reader)]
     if uncalled:
         raise ValueError(
@@ -122,6 +136,11 @@ def _hook(
 
 def apply_gates(layer: UnitLayer, x: Tensor, gates: Tensor, caller: str) -> Tensor:
     """Multiply the input of a layer's reader by gates, (units,) or (images, units)."""
+    if gates.dim() not in (1, 2) or gates.shape[-1] != layer.units:
+        raise ValueError(
+            f"{caller}: gates of {layer.name} must have the shape ({layer.units},) or (images, "
+            f"{layer.units}), found {tuple(gates.shape)}."
+        )
     spread = layer.read.along(gates).to(x.dtype)
     shape = [1] * x.dim()
     shape[layer.channels] = -1

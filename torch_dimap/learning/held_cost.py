@@ -130,6 +130,8 @@ def stands_still(
         >>> stands_still([0.9, 0.5, 0.5, 0.51], window=3, tolerance=0.02, target=0.6)
         False
     """
+    if window < 1:
+        raise ValueError(f"stands_still(): window must be 1 or more, found {window}.")
     last = list(values)[-window:]
     if len(last) < window or max(last) - min(last) > tolerance:
         return False

@@ -233,6 +233,10 @@ class SinglePathSearch:
                 trained.hand_over(made)
         return choices
 
+    def _setting(self) -> dict[str, Any]:
+        """Return what an interrupted search must be begun with again."""
+        return {"target": self.target, "steps": self.steps, "weight": self.weight}
+
     def _block(self, attention: str) -> Any:
         return self.model.get_submodule(attention.rpartition(".")[0])
 
@@ -255,14 +259,21 @@ class SinglePathSearch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is not in the model's state dict, for a file."""
-        return {"done": self.done, "held": self._held.state_dict()}
+        return {**self._setting(), "done": self.done, "held": self._held.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
-        if set(state) != {"done", "held"}:
+        caller, own = "SinglePathSearch.load_state_dict()", self._setting()
+        if set(state) != {*own, "done", "held"}:
             raise ValueError(
-                "SinglePathSearch.load_state_dict(): state must hold done and held, found "
+                f"{caller}: state must hold {', '.join(own)}, done and held, found "
                 f"{', '.join(map(str, state)) or 'nothing'}: pass what state_dict() returned."
+            )
+        other = [f"{name}={state[name]}" for name in own if state[name] != own[name]]
+        if other:
+            raise ValueError(
+                f"{caller}: state must be of a search of the same settings, {own}, found "
+                f"{', '.join(other)}: begin the search as it was begun."
             )
         self.done = state["done"]
         self._held.load_state_dict(state["held"])
@@ -271,6 +282,11 @@ class SinglePathSearch:
 def _gate_neurons(reader: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Multiply what an MLP's last layer takes in by the gates that it carries."""
     logits = getattr(reader, GATES)
+    if inputs[0].shape[-1] != len(logits):
+        raise RuntimeError(
+            f"SinglePathSearch: expected the {len(logits)} neurons that the search began with, "
+            f"found {inputs[0].shape[-1]}: remove units before a search, or after its finish()."
+        )
     gates = sample_gates(logits) if reader.training else logits.detach() > 0
     return (inputs[0] * gates.to(inputs[0].dtype), *inputs[1:])
 

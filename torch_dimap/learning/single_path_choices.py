@@ -61,6 +61,12 @@ def apply_single_path(
             f"{caller}: choices must be a SinglePath, as a search's choices() returns it, found "
             f"{type(choices).__name__}."
         )
+    flags = [name for name, keep in choices.neurons.items() if not isinstance(keep, Tensor)]
+    if flags:
+        raise TypeError(
+            f"{caller}: choices.neurons must hold a tensor of flags for each MLP, found others for "
+            f"{name_some(flags)}."
+        )
     sites = find_sites(model, caller)
     layers = find_mlps(model, sites, caller)
     wrong = [

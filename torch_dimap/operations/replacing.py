@@ -129,6 +129,10 @@ def replaced_attentions(model: nn.Module) -> dict[str, Operation]:
 
     Each has its ``operation``, ``"conv3"``, ``"conv1"`` or ``"skip"``.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"replaced_attentions(): model must be an nn.Module, found {type(model).__name__}."
+        )
     return {name: x for name, x in model.named_modules() if isinstance(x, Operation)}
 
 
