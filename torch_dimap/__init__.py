@@ -5,27 +5,31 @@ A plug-in to :mod:`torch.nn.utils.prune`: group a model's weights with
 look at the result with :func:`summarize`, save it with :func:`save_pruned`, and make it
 permanent with :func:`remove_all`. :func:`prune_checkpoint` does it to a file alone.
 Whole heads and neurons: :func:`group_units`, :func:`global_module_aware_structured`,
-:func:`remove_units`.
+:func:`remove_units`. What learns to choose is in :mod:`torch_dimap.learning`.
 """
 
-from torch_dimap import learning
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from torch_dimap.accounting import (
-    Budget,
     FlopCount,
     Flops,
-    LatencyBudget,
     Summary,
-    UnitBudget,
     count_flops,
     plot_density,
     plot_histograms,
     plot_masks,
     plot_units,
+    summarize,
+)
+from torch_dimap.budgets import (
+    Budget,
+    LatencyBudget,
+    UnitBudget,
     prune_to_flops,
     prune_to_parameters,
     prune_units_to_flops,
     prune_units_to_latency,
-    summarize,
 )
 from torch_dimap.files import (
     expand_checkpoint,
@@ -48,7 +52,17 @@ from torch_dimap.reconstruction import reconstruct, sparsegpt_scores, wanda_scor
 from torch_dimap.selection import dimap_scores
 from torch_dimap.units import global_module_aware_structured, group_units, remove_units
 
+if TYPE_CHECKING:
+    from torch_dimap import learning
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "learning":  # imported when it is first asked for
+        return importlib.import_module("torch_dimap.learning")
+    raise AttributeError(f"module 'torch_dimap' has no attribute {name!r}")
+
 
 __all__ = [
     "Budget",

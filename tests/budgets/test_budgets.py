@@ -19,7 +19,7 @@ from torch_dimap import (
     prune_to_parameters,
     summarize,
 )
-from torch_dimap.accounting.smallest import smallest
+from torch_dimap.budgets.smallest import smallest
 
 
 def costly_first() -> tuple[nn.Sequential, dict[str, list]]:

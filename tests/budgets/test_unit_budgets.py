@@ -24,8 +24,9 @@ from torch_dimap import (
     prune_units_to_latency,
     remove_units,
 )
-from torch_dimap.accounting import count_unit_flops, timing, unit_flops
+from torch_dimap.accounting import count_unit_flops, unit_flops
 from torch_dimap.accounting.unit_flops import slim_copy
+from torch_dimap.budgets import timing
 
 
 def make_vit() -> nn.Module:
@@ -252,7 +253,7 @@ def test_prune_units_to_latency_goes_on_if_the_second_measurement_is_slower(
         slower = 1.05 if seen[size] > 1 else 1.0  # than when the search measured it
         return slower * size / parameters(reference), 1.0
 
-    monkeypatch.setattr("torch_dimap.accounting.latency.compare_times", compare)
+    monkeypatch.setattr("torch_dimap.budgets.latency.compare_times", compare)
     dense = parameters(swin)
     budget = prune_units_to_latency(swin, images, 0.7, multiple=1)
     assert budget.predicted < budget.reached <= budget.target == 0.7

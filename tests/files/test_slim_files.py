@@ -14,7 +14,7 @@ from conftest import make_swin, make_vit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_hostile_files import parts, rewrite
+from taken_apart import parts, rewrite
 from torch import nn
 from torch.nn.utils import prune
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import select_by_sorting, select_exactly
 
-from torch_dimap.selection import brackets, reading, runs, search as selection
+from torch_dimap.selection import brackets, reading, runs
+from torch_dimap.selection import search as selection
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DEVICES = [

@@ -1,7 +1,7 @@
 """Files made to do harm, or come to harm: always a ValueError, never anything worse.
 
 The fuzzing is bounded to seconds. For a longer run:
-``FUZZ_EXAMPLES=100000 python -m pytest tests/test_hostile_files.py -k fuzz``.
+``FUZZ_EXAMPLES=100000 python -m pytest tests/storage/test_hostile_files.py -k fuzz``.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import json
 import os
 import pickle
 import resource
-import struct
 import zipfile
-import zlib
 
 import pytest
 import torch
@@ -20,25 +18,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from taken_apart import parts, place_of, rewrite, write
 from torch import nn
 from torch.nn.utils import prune
 
 from torch_dimap import load_pruned, prune_checkpoint, save_pruned
 from torch_dimap.command import main
-from torch_dimap.files.stored import open_weights
+from torch_dimap.storage.stored import open_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 fuzzing = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", 300)),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-def write(path, header, data=b"", length=None):
-    """Write a safetensors file by hand, from a header as JSON data or text."""
-    text = (header if isinstance(header, str) else json.dumps(header)).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
-    return path
 
 
 def tensor(dtype="F32", shape=(2,), offsets=(0, 8)):
@@ -54,31 +46,6 @@ def packed(tmp_path):
     path = tmp_path / "packed.safetensors"
     save_pruned(layer, path, hash_weights=True)
     return path, load_pruned(path)
-
-
-def parts(path):
-    """Take a file apart: header as data, and the rest."""
-    content = path.read_bytes()
-    length = struct.unpack("<Q", content[:8])[0]
-    return json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
-
-
-def place_of(header, name):
-    return slice(*header[name]["data_offsets"])
-
-
-def rewrite(path, change, checksums=True):
-    """Change a file of ours: its header, its record and its bytes, with right checksums."""
-    header, data = parts(path)
-    record = json.loads(header["__metadata__"]["torch_dimap"])
-    data = change(header, record, data) or data
-    if checksums:
-        record["crc32"] = {
-            name: f"{zlib.crc32(data[place_of(header, name)]):08x}"
-            for name in header if name != "__metadata__"
-        }  # fmt: skip
-    header["__metadata__"]["torch_dimap"] = json.dumps(record)
-    return write(path, header, bytes(data))
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from conftest import make_swin
 from test_streaming import save
 
 from torch_dimap import expand_checkpoint, load_pruned, prune_checkpoint
-from torch_dimap.files import replacing
-from torch_dimap.files.stored import open_weights
+from torch_dimap.storage import replacing
+from torch_dimap.storage.stored import open_weights
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from torch_dimap import group_units, remove_units, summarize
+from torch_dimap.families.attentions import ATTENTIONS, REFUSED
+from torch_dimap.families.mlps import MLPS
 from torch_dimap.units import cut_units, units_left_out
-from torch_dimap.units.attentions import ATTENTIONS, REFUSED
-from torch_dimap.units.mlps import MLPS
 
 
 @pytest.fixture

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torch_dimap.accounting.inputs import Inputs, arguments_for
-from torch_dimap.accounting.smallest import smallest
-from torch_dimap.accounting.timing import compare_times
-from torch_dimap.accounting.unit_budgets import Search, Units, plan_search
-from torch_dimap.accounting.unit_flops import names_in, slim_copy
+from torch_dimap.accounting import Inputs, arguments_for, names_in, slim_copy
+from torch_dimap.budgets.smallest import smallest
+from torch_dimap.budgets.timing import compare_times
+from torch_dimap.budgets.unit_budgets import Search, Units, plan_search
 from torch_dimap.masking import DimapUnstructured
 from torch_dimap.units import KeptUnits, group_units, plan_units
 

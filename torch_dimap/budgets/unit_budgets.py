@@ -7,18 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from torch_dimap.accounting.inputs import Inputs
-from torch_dimap.accounting.smallest import absolute, check_fixed, smallest
-from torch_dimap.accounting.unit_flops import count_savings, count_unit_flops
+from torch_dimap.accounting import Inputs, count_savings, count_unit_flops
+from torch_dimap.budgets.smallest import absolute, check_fixed, smallest
 from torch_dimap.masking import DimapUnstructured
-from torch_dimap.units import (
-    KeptUnits,
-    UnitLayer,
-    UnitPlan,
-    group_units,
-    mask_units,
-    plan_units,
-)
+from torch_dimap.units import KeptUnits, UnitLayer, UnitPlan, group_units, mask_units, plan_units
 
 Units = Mapping[str, Iterable[UnitLayer]] | Iterable[UnitLayer]
 

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from torch_dimap.accounting.flops import count_flops, weighted_flops
-from torch_dimap.accounting.inputs import Inputs
-from torch_dimap.accounting.smallest import absolute, check_fixed, smallest
+from torch_dimap.accounting import Inputs, count_flops, weighted_flops
+from torch_dimap.budgets.smallest import absolute, check_fixed, smallest
 from torch_dimap.masking import (
     Layer,
     Pair,

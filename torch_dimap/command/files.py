@@ -7,13 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch_dimap.files import (
-    expand_checkpoint,
-    group_names,
-    inspect_checkpoint,
-    open_weights,
-    prune_checkpoint,
-)
+from torch_dimap.files import expand_checkpoint, group_names, inspect_checkpoint, prune_checkpoint
+from torch_dimap.storage import open_weights
 
 SOURCE = """\
 a .safetensors file, an index of shards (*.safetensors.index.json), what torch.save wrote, or a

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_dimap.files import load_pruned, open_weights, read_values, refuse_masks_alone
+from torch_dimap.files import load_pruned
+from torch_dimap.storage import open_weights, read_values, refuse_masks_alone
 from torch_dimap.text import name_some
 
 

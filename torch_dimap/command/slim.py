@@ -15,14 +15,10 @@ from torch import Tensor, nn
 from torch_dimap.accounting import count_flops
 from torch_dimap.command.files import amount_of
 from torch_dimap.command.models import add_source, image_for, open_model
-from torch_dimap.files import check_target, save_pruned
+from torch_dimap.files import save_pruned
+from torch_dimap.storage import check_target
 from torch_dimap.text import aligned
-from torch_dimap.units import (
-    count_units,
-    global_module_aware_structured,
-    group_units,
-    remove_units,
-)
+from torch_dimap.units import count_units, global_module_aware_structured, group_units, remove_units
 
 NOTE = """\
 multiply-adds: counted as they are computed, for one image of {image}.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch_dimap.units import biased, forwards, windows
-from torch_dimap.units.rows import Row
+from torch_dimap.families import biased, forwards, windows
+from torch_dimap.families.rows import Row
 
 
 def _qkv(reader: str = "proj", number: str = "num_heads", **more: Any) -> Row:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_dimap.units.forwards import Attention, merge, split
+from torch_dimap.families.forwards import Attention, merge, split
 
 
 class BiasedAttention(Attention):

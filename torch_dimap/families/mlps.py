@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from torch_dimap.units.forwards import NoNeurons
-from torch_dimap.units.rows import Row
+from torch_dimap.families.forwards import NoNeurons
+from torch_dimap.families.rows import Row
 
 _MLP = Row({"fc1": 1}, "fc2")
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 
-from torch_dimap.files.entries import Entry, count_kept
 from torch_dimap.files.operations import describe_operations
 from torch_dimap.files.skeletons import group_names
-from torch_dimap.files.stored import Weights, open_weights
+from torch_dimap.storage import Entry, Weights, count_kept, open_weights
 from torch_dimap.text import aligned
 
 _CONTENTS = {

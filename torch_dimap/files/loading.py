@@ -12,19 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_dimap.files.entries import Entry, entry_of, fill, read_mask, read_values
 from torch_dimap.files.names import match_modules, match_names, own_place
 from torch_dimap.files.operations import modules_of, plan_cuts, plan_replacements, shapes_after
-from torch_dimap.files.packing import bits_of
-from torch_dimap.files.records import Pruned
-from torch_dimap.files.stored import (
-    Checkpoint,
-    holds_masks_alone,
-    name_of,
-    open_weights,
-    refuse_masks_alone,
-    refuse_quantised,
-)
 from torch_dimap.masking import (
     Layer,
     all_or_nothing,
@@ -36,6 +25,23 @@ from torch_dimap.masking import (
 )
 from torch_dimap.operations import put
 from torch_dimap.selection import threaded_map
+from torch_dimap.storage import (
+    Checkpoint,
+    Entry,
+    Operations,
+    Pruned,
+    Weights,
+    bits_of,
+    entry_of,
+    fill,
+    holds_masks_alone,
+    name_of,
+    open_weights,
+    read_mask,
+    read_values,
+    refuse_masks_alone,
+    refuse_quantised,
+)
 from torch_dimap.text import name_some
 from torch_dimap.units import UnitRule, cut_units
 
@@ -106,22 +112,19 @@ def load_pruned(model_or_path, path=None, *, masked=False, unit_rule=None, devic
             f"{caller}: the model must be dense, found {already.label} pruned already: build it "
             "again, or call remove_all (or prune_like, and the model's own load_state_dict)."
         )
-    own, where = model.state_dict(), f"{caller}: {name_of(path)}"
+    where = f"{caller}: {name_of(path)}"
     with open_weights(path, in_memory=True) as weights, ExitStack() as changes:
         # From here on nothing can be missing.
         masks_alone = holds_masks_alone(weights)
         refuse_quantised(weights.entries, where)
-        names = match_names(weights.entries, own, model)
-        modules = match_modules(names)
-        operations = weights.record.operations if weights.record else {}
-        operations = {own_place(name, modules): done for name, done in operations.items()}
+        names, operations = _find_places(model, weights, where)
         replacements = plan_replacements(model, operations, where)
         if replacements:
             changes.enter_context(all_or_nothing([site.block for site in replacements]))
             for site, made in replacements.items():
                 put(site, made)
-            own = model.state_dict()
-            names = match_names(weights.entries, own, model)
+            names, _ = _find_places(model, weights, where)
+        own = model.state_dict()
         entries = {names[name]: entry for name, entry in weights.entries.items() if name in names}
         keeps = plan_cuts(model, operations, unit_rule, where)
         _check_fit(own, shapes_after(model, own, keeps), entries, masks_alone, caller)
@@ -156,6 +159,16 @@ def load_pruned(model_or_path, path=None, *, masked=False, unit_rule=None, devic
             for name, target in targets.items():
                 attach(target, prune.Identity(), masks[name])
     return hold_masks(model)
+
+
+def _find_places(
+    model: nn.Module, weights: Weights, where: str
+) -> tuple[dict[str, str], Operations]:
+    """Say which tensor of the model each in the file is, and to which layers what was done."""
+    names = match_names(weights.entries, model.state_dict(), model)
+    modules = match_modules(names)
+    told = weights.record.operations if weights.record else {}
+    return names, {own_place(name, modules): done for name, done in told.items()}
 
 
 def _load_state(path: Checkpoint, device: torch.device | str) -> dict[str, Tensor]:

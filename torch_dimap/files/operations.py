@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from torch_dimap.files.records import Operations
 from torch_dimap.operations import (
     TAPS,
     Operation,
@@ -22,8 +21,8 @@ from torch_dimap.operations import (
     plain_operation,
     replaced_attentions,
 )
+from torch_dimap.storage import Operations
 from torch_dimap.units import UnitLayer, UnitRule, count_units, describe_units
-
 
 # What may stand in an attention's place.
 REPLACEMENTS = (*TAPS, "skip")

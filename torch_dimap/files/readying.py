@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import prune
 
-from torch_dimap.files.entries import read_mask
 from torch_dimap.files.loading import layers_to_mask
 from torch_dimap.files.names import match_names
-from torch_dimap.files.stored import Checkpoint, name_of, open_weights
 from torch_dimap.masking import all_or_nothing, attach, bake, hold_masks, pruned_tensors, release
+from torch_dimap.storage import Checkpoint, name_of, open_weights, read_mask
 from torch_dimap.text import name_some
 
 

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_dimap.accounting import check_thresholds
-from torch_dimap.files.entries import Entry, entry_of, masked
-from torch_dimap.files.headers import NAMES
 from torch_dimap.files.operations import operations_of
-from torch_dimap.files.replacing import check_target
-from torch_dimap.files.writing import write_weights
 from torch_dimap.masking import builtin_rule, pruned_tensors
 from torch_dimap.selection import threaded_map
+from torch_dimap.storage import NAMES, Entry, check_target, entry_of, masked, write_weights
 from torch_dimap.units import UnitRule
 
 

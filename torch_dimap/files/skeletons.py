@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from torch_dimap.files.entries import Entry
 from torch_dimap.masking import Rule, group_parameters
+from torch_dimap.storage import Entry
 
 # Floating-point buffers of vision transformers, which a file does not tell from parameters:
 # statistics, the mask of shifted windows, tables of coordinates, rotary frequencies.

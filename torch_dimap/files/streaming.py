@@ -11,18 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from torch_dimap.files.entries import Entry
-from torch_dimap.files.folders import copied_folder
-from torch_dimap.files.records import Record
-from torch_dimap.files.replacing import check_target
 from torch_dimap.files.skeletons import group_names
-from torch_dimap.files.stored import (
-    Weights,
-    open_weights,
-    refuse_masks_alone,
-    refuse_quantised,
-)
-from torch_dimap.files.writing import write_weights
 from torch_dimap.masking import Rule, amounts_by_group, count_to_prune, warn_of_few
 from torch_dimap.selection import (
     Cut,
@@ -33,6 +22,17 @@ from torch_dimap.selection import (
     read_weight,
     threaded_map,
     thrifty,
+)
+from torch_dimap.storage import (
+    Entry,
+    Record,
+    Weights,
+    check_target,
+    copied_folder,
+    open_weights,
+    refuse_masks_alone,
+    refuse_quantised,
+    write_weights,
 )
 from torch_dimap.text import warn_of_empty
 

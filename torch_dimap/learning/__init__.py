@@ -9,11 +9,7 @@ from torch_dimap.learning.percentiles import KeptShare, prune_units_by_percentil
 from torch_dimap.learning.single_path import SinglePathSearch
 from torch_dimap.learning.single_path_choices import SinglePath, apply_single_path
 from torch_dimap.learning.single_path_costs import single_path_flops
-from torch_dimap.operations import (
-    collapse_convolutions,
-    replace_attentions,
-    replaced_attentions,
-)
+from torch_dimap.operations import collapse_convolutions, replace_attentions, replaced_attentions
 
 __all__ = [
     "ClassMasks",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_dimap.families import original_class, slim_class
 from torch_dimap.learning.held_cost import HeldCost
 from torch_dimap.learning.single_path_attention import (
     SinglePathAttention,
@@ -29,7 +30,6 @@ from torch_dimap.operations import (
     default_temperature,
     find_sites,
 )
-from torch_dimap.units import original_class, slim_class
 
 GATES = "gate_logits"
 

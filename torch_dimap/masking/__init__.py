@@ -1,25 +1,9 @@
 """Whose weights, and how does a mask hold? Groups, checks, and torch's own hooks."""
 
-from torch_dimap.masking.amounts import (
-    amounts_by_group,
-    check_amount,
-    count_to_prune,
-    warn_of_few,
-)
+from torch_dimap.masking.amounts import amounts_by_group, check_amount, count_to_prune, warn_of_few
 from torch_dimap.masking.attaching import all_or_nothing, attach, bake, snapshot
-from torch_dimap.masking.grouping import (
-    Rule,
-    builtin_rule,
-    group_parameters,
-    unwrapped_name,
-)
-from torch_dimap.masking.layers import (
-    Layer,
-    Pair,
-    computed_by,
-    pruned_tensors,
-    pruning_methods,
-)
+from torch_dimap.masking.grouping import Rule, builtin_rule, group_parameters, unwrapped_name
+from torch_dimap.masking.layers import Layer, Pair, computed_by, pruned_tensors, pruning_methods
 from torch_dimap.masking.method import DimapUnstructured
 from torch_dimap.masking.pruning import (
     dimap_unstructured,

@@ -8,13 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_dimap.masking.grouping import group_parameters
-from torch_dimap.masking.layers import (
-    Layer,
-    Pair,
-    computed_by,
-    pruning_methods,
-    refuse_sharded,
-)
+from torch_dimap.masking.layers import Layer, Pair, computed_by, pruning_methods, refuse_sharded
 from torch_dimap.masking.readers import Place, note_readers, survey
 from torch_dimap.selection import check_finite, check_rankable
 from torch_dimap.text import name_some

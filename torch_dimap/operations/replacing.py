@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_dimap.families import slim_class
 from torch_dimap.masking import all_or_nothing, pruned_tensors
 from torch_dimap.operations.modules import (
     TAPS,
@@ -20,7 +21,6 @@ from torch_dimap.operations.modules import (
 )
 from torch_dimap.operations.sites import Site, find_sites
 from torch_dimap.text import name_some
-from torch_dimap.units import slim_class
 
 OPERATIONS = ("attention", "conv3", "conv1", "skip")  # from the dearest to the cheapest
 SKIPS = ("zero", "norm")

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_dimap.files.headers import Kind
-from torch_dimap.files.packing import bits_of, zeroed
 from torch_dimap.selection import Blocks, blocks_of
+from torch_dimap.storage.headers import Kind
+from torch_dimap.storage.packing import bits_of, zeroed
 
 
 class Entry(NamedTuple):

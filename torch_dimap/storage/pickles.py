@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_dimap.files.headers import NAMES
-from torch_dimap.files.state_dicts import find_state_dict
+from torch_dimap.storage.headers import NAMES
+from torch_dimap.storage.state_dicts import find_state_dict
 from torch_dimap.text import name_some
 
 

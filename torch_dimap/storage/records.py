@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch_dimap.files.headers import NAMES, Kind, check_kind, parse_json
+from torch_dimap.storage.headers import NAMES, Kind, check_kind, parse_json
 
 KEY = "torch_dimap"  # under which the metadata hold the record
 CONTENTS = ("compressed", "masks", "dense")

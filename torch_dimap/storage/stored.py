@@ -21,27 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_dimap.files.entries import Entry, entry_of, join_masks
-from torch_dimap.files.headers import MAX_HEADER, Kind, Stored, parse_json, read_header
-from torch_dimap.files.packing import (
-    packed_size,
-    places_of,
-    scatter,
-    tensor_of,
-    unpack_mask,
-)
-from torch_dimap.files.folders import INDEX, weights_in
-from torch_dimap.files.pickles import check_plain, mapped_ranges, place_in_file, read_pickle
-from torch_dimap.files.records import Record, kept_name, mask_name, read_record
-from torch_dimap.files.state_dicts import find_state_dict
 from torch_dimap.selection import CPU_BLOCK, threaded_map
+from torch_dimap.storage.entries import Entry, entry_of, join_masks
+from torch_dimap.storage.folders import INDEX, weights_in
+from torch_dimap.storage.headers import MAX_HEADER, Kind, Stored, parse_json, read_header
+from torch_dimap.storage.packing import packed_size, places_of, scatter, tensor_of, unpack_mask
+from torch_dimap.storage.pickles import check_plain, mapped_ranges, place_in_file, read_pickle
+from torch_dimap.storage.records import Record, kept_name, mask_name, read_record
+from torch_dimap.storage.state_dicts import find_state_dict
 from torch_dimap.text import name_some
 
-# What GPTQ and AWQ, bitsandbytes, compressed-tensors and torch.ao put beside quantised weights.
-_OF_QUANTISED = re.compile(
-    r"(^|\.)(qweight|qzeros|SCB|\w*weight_(scale|zero_point|packed|scale_inv)|_packed_params\.\w+)$"
-    r"|\.weight\.(absmax|quant_map|quant_state\.\w+)$"
-)
 BLOCK = 1 << 14  # entries read from a file at a time: few, since memory is what counts there
 
 Checkpoint = str | os.PathLike[str] | Mapping[str, Any]  # the last: what torch.load returned
@@ -67,22 +56,6 @@ def refuse_masks_alone(weights: Weights, where: str) -> None:
         raise ValueError(
             f"{where} must hold weights, found masks alone: load_pruned(model, path) puts them "
             "on the weights that they belong to."
-        )
-
-
-def refuse_quantised(entries: Mapping[str, Entry], where: str) -> None:
-    """Raise for weights that are stored as codes, with scales beside them."""
-    signs = [name for name in entries if _OF_QUANTISED.search(name)]
-    codes = [
-        name
-        for name, entry in entries.items()
-        if name.endswith("weight") and not (entry.kind.dtype.is_floating_point or entry.masked)
-    ]
-    if signs or codes:
-        raise ValueError(
-            f"{where} must hold weights as they are computed with, found a quantised checkpoint "
-            f"({name_some(codes or signs)}): prune the model it was made from, bake it with "
-            "remove_all, and quantise that."
         )
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_dimap.files.entries import Entry, count_kept
-from torch_dimap.files.headers import Kind, lay_out
-from torch_dimap.files.packing import bits_of, gather, pack_mask, packed_size, zeroed
-from torch_dimap.files.records import (
+from torch_dimap.selection import Cut, Map, apply_cut
+from torch_dimap.storage.entries import Entry, count_kept
+from torch_dimap.storage.headers import Kind, lay_out
+from torch_dimap.storage.packing import bits_of, gather, pack_mask, packed_size, zeroed
+from torch_dimap.storage.records import (
     KEY,
     Group,
     Operations,
@@ -27,8 +28,7 @@ from torch_dimap.files.records import (
     mask_name,
     write_record,
 )
-from torch_dimap.files.replacing import replacing
-from torch_dimap.selection import Cut, Map, apply_cut
+from torch_dimap.storage.replacing import replacing
 
 
 def write_weights(

@@ -20,7 +20,6 @@ from torch_dimap.units.masks import (
 )
 from torch_dimap.units.removal import cut_units, remove_units
 from torch_dimap.units.scores import unit_magnitudes
-from torch_dimap.units.slimming import original_class, slim_class
 
 __all__ = [
     "Attribute",
@@ -39,10 +38,8 @@ __all__ = [
     "group_units",
     "list_units",
     "mask_units",
-    "original_class",
     "plan_units",
     "remove_units",
-    "slim_class",
     "unit_magnitudes",
     "units_left_out",
 ]

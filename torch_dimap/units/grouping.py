@@ -9,13 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_dimap.families import ATTENTIONS, MLPS, REFUSED, SHARED, Row, is_ours
 from torch_dimap.masking import Place, builtin_rule, computed_by, note_readers, survey
 from torch_dimap.text import name_some, warn
-from torch_dimap.units.attentions import ATTENTIONS, REFUSED, SHARED
 from torch_dimap.units.description import HEADS, NEURONS, Attribute, Part, UnitLayer
-from torch_dimap.units.mlps import MLPS
-from torch_dimap.units.rows import Row
-from torch_dimap.units.slimming import is_ours
 
 UnitRule = Callable[[str, nn.Module], Iterable[UnitLayer]]
 # The groups of group_parameters, by what their units are.
@@ -29,7 +26,7 @@ def group_units(model: nn.Module, rule: UnitRule | None = None) -> dict[str, lis
     A unit goes whole: the rows that make it, the columns that read it, and what else is
     kept per unit. Each layer's :class:`UnitLayer` tells where all that is. The width of
     the residual stream belongs to no unit and is never touched. Knows the classes in
-    ``attentions.py`` and ``mlps.py``; ``docs/backbones.md`` says which these are and why others
+    ``families/``; ``docs/backbones.md`` says which these are and why others
     are not among them.
 
     Args:
@@ -118,7 +115,7 @@ def list_units(model: nn.Module, rule: UnitRule | None, caller: str) -> list[Uni
 
 
 def builtin_unit_rule(qualified_name: str, module: nn.Module) -> Iterator[UnitLayer]:
-    """Describe the units of one module by its class: see ``attentions.py`` and ``mlps.py``.
+    """Describe the units of one module by its class: see ``families/``.
 
     Made to be called in a rule of one's own, which then only says what is different.
 

@@ -10,12 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_dimap.masking import (
-    SINGLE_GROUP,
-    DimapUnstructured,
-    amounts_by_group,
-    count_to_prune,
-)
+from torch_dimap.masking import SINGLE_GROUP, DimapUnstructured, amounts_by_group, count_to_prune
 from torch_dimap.selection import check_finite, dimap_scores
 from torch_dimap.units.attaching import mask_units, maskable_parts
 from torch_dimap.units.choice import LayerScores, choose_units, most_units

@@ -9,19 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torch_dimap.masking import (
-    Layer,
-    bake,
-    known_readers,
-    pruned_tensors,
-    pruning_methods,
-    release,
-)
+from torch_dimap.families import slim_class
+from torch_dimap.masking import Layer, bake, known_readers, pruned_tensors, pruning_methods, release
 from torch_dimap.text import name_some
 from torch_dimap.units.counts import note_cut
 from torch_dimap.units.description import Part, UnitLayer
 from torch_dimap.units.grouping import UnitRule, describe_units
-from torch_dimap.units.slimming import slim_class
 
 CALL = "remove_units()"
 
