@@ -18,14 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 from pathlib import Path
 
 import spvit
 from models import whole_or_not_at_all
 from provenance import write_csv
+from speed import spread
+from tables import as_table, results
 from tqdm import tqdm
-from xpruner_report import as_table, results
 
 CODES = {"attention": "A", "conv3": "3", "conv1": "1", "skip": "0"}
 OF_FOUND = {
@@ -115,12 +115,6 @@ def compare(options: argparse.Namespace, seed: int, bar: tqdm) -> list[dict]:
             rows.append(tuned(job, arm, dense)[0])
             bar.update()
     return [{"seed": seed, "target": target, **row, **job.about} for row in rows]
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Return the mean, and the lowest and highest of several."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def write_up(rows: list[dict], seeds: int) -> str:

@@ -29,8 +29,8 @@ from images import only_classes
 from models import fail, whole_or_not_at_all
 from provenance import write_csv
 from safetensors.torch import load_file
+from tables import as_table, results, top1
 from tqdm import tqdm
-from xpruner_report import as_table, results, top1
 
 import torch_dimap
 from torch_dimap.learning import ClassMasks

@@ -28,10 +28,10 @@ import torch
 import xpruner
 from models import fail, whole_or_not_at_all
 from provenance import write_csv
-from speed import take_times
+from speed import spread, take_times
+from tables import as_table, top1
 from torch import nn
 from tqdm import tqdm
-from xpruner_report import as_table, top1
 
 import torch_dimap
 
@@ -240,14 +240,6 @@ def file_size(model: nn.Module) -> int:
             torch_dimap.save_pruned(model, path)
             return path.stat().st_size
     return sum(tensor.nbytes for tensor in model.state_dict().values())
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Return the mean, and the lowest and highest of several."""
-    mean = f"{statistics.mean(values):,.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
 
 def write_up(rows: list[dict], options: argparse.Namespace) -> str:

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from models import whole_or_not_at_all
 from provenance import write_csv
+from tables import as_table, results
 from torch import nn
 from torch.utils.data import Dataset
-from xpruner_report import as_table, results
 
 import torch_dimap
 from torch_dimap.learning import replaced_attentions

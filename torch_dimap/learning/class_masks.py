@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_dimap.learning.attached import Attached
 from torch_dimap.learning.gates import Units, gated, layers_of, refuse_idle
 from torch_dimap.learning.labels import check_classes, check_labels
 from torch_dimap.learning.penalties import PENALTIES
 from torch_dimap.units import UnitLayer
 
 
-class ClassMasks(nn.Module):
+class ClassMasks(Attached):
     """Learn what every head and neuron contributes to predicting each class.
 
     X-Pruner-style (Yu and Xiang, CVPR 2023, whose authors published no code;
@@ -107,19 +108,7 @@ class ClassMasks(nn.Module):
             undo.callback(check.remove)
             if freeze:
                 undo.enter_context(_frozen(model))
-            self._undo: contextlib.ExitStack | None = undo.pop_all()
-
-    def __enter__(self) -> ClassMasks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Leave the model as it was; the masks and their scores stay."""
-        if self._undo is not None:
-            self._undo.close()
-        self._undo = None
+            self._undo = undo.pop_all()
 
     @contextlib.contextmanager
     def labels(self, labels: Tensor) -> Iterator[None]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_dimap.learning.attached import Attached
 from torch_dimap.learning.gates import Units, gated, refuse_idle, straight_through
 from torch_dimap.learning.held_cost import HeldCost, stands_still
 from torch_dimap.learning.percentiles import (
@@ -23,7 +24,7 @@ from torch_dimap.learning.percentiles import (
 )
 
 
-class LayerRates(nn.Module):
+class LayerRates(Attached):
     """Learn one pruning rate per layer, while the cost of the whole model is held.
 
     X-Pruner-style: the threshold of each layer is learned with the weights. A unit is gated
@@ -115,19 +116,7 @@ class LayerRates(nn.Module):
         with contextlib.ExitStack() as undo:
             gates = {layer: self._gates_of(i) for i, layer in enumerate(layers)}
             self._applied = undo.enter_context(gated(gates, caller))
-            self._undo: contextlib.ExitStack | None = undo.pop_all()
-
-    def __enter__(self) -> LayerRates:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Take the gates from the model; its weights stay as they have been trained."""
-        if self._undo is not None:
-            self._undo.close()
-        self._undo = None
+            self._undo = undo.pop_all()
 
     def soft_share(self) -> Tensor:
         """Return the share of the multiply-adds that is kept, by the soft gates: a scalar."""
