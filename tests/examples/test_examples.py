@@ -125,3 +125,10 @@ def test_benchmark_of_sparse_products_prints_a_table():
     done = run("benchmarks/sparse_products.py", "--sparsity", 0.95, "--repeats", 2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("| 95% | 1 | ")
+
+
+def test_benchmark_of_a_search_prints_a_table():
+    done = run("benchmarks/single_path.py", "--models", "vit_tiny_patch16_224", "--batch", 1,
+               "--rounds", 1)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "| vit_tiny_patch16_224 | " in done.stdout
