@@ -53,6 +53,7 @@ METHODS = [
     ("norm", "plain"), ("taylor", "plain"),
     ("norm", "each layer"), ("product", "each layer"), ("random", "each layer"),
 ]  # fmt: skip
+FOREIGN = [("torch-pruning", "plain"), ("torch-pruning", "each layer")]  # need that package
 
 
 def parse() -> argparse.Namespace:
@@ -71,9 +72,10 @@ def parse() -> argparse.Namespace:
         help="which units go: heads, then neurons, or both together (default: heads neurons)")
     add("--amounts", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.9], metavar="A",
         help="fractions of the units (default: 0.25 0.5 0.75 0.9)")
-    names = [", ".join(method) for method in METHODS]
-    add("--methods", nargs="+", choices=names, default=names, metavar="NAME",
-        help="a score and how it ranks, such as 'product, share' (default: all)")
+    names = [", ".join(method) for method in METHODS + FOREIGN]
+    add("--methods", nargs="+", choices=names, default=names[: len(METHODS)], metavar="NAME",
+        help="a score and how it ranks, such as 'product, share' (default: all but those of "
+        "Torch-Pruning, 'torch-pruning, plain' and 'torch-pruning, each layer')")
     add("--reconstruct", type=int, nargs="*", default=[], metavar="N",
         help="also refit the kept weights, on each of these numbers of images")
     add("--minimum", type=int, default=0, metavar="N",
@@ -86,7 +88,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if min(options.reconstruct, default=1) < 1:
         parser.error("--reconstruct takes numbers of images, at least 1")
-    options.methods = [method for method in METHODS if ", ".join(method) in options.methods]
+    options.methods = [m for m in METHODS + FOREIGN if ", ".join(m) in options.methods]
     return options
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -75,6 +76,33 @@ def taylor(
     return scores
 
 
+def torch_pruning(
+    layers: list[UnitLayer],
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    options: argparse.Namespace,
+) -> Scores:
+    """Return Torch-Pruning's magnitudes of the channels that a unit is made of, their mean."""
+    try:
+        import torch_pruning as tp
+    except ImportError:
+        raise SystemExit("The score torch-pruning needs: pip install torch-pruning") from None
+    attentions = {x.module: x.module.fused_attn for x in layers if hasattr(x.module, "fused_attn")}
+    for attention in attentions:
+        attention.fused_attn = False  # the plain products alone are traced
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of parameters that no layer of it knows
+        graph = tp.DependencyGraph().build_dependency(model, batch[0][:1].to(options.device))
+    for attention, fused in attentions.items():
+        attention.fused_attn = fused
+    importance, scores = tp.importance.GroupMagnitudeImportance(), {}
+    for layer in layers:
+        channels = list(range(layer.reader.in_features))
+        group = graph.get_pruning_group(layer.reader, tp.prune_linear_in_channels, channels)
+        scores[layer] = importance(group).detach().unflatten(0, (layer.units, -1)).mean(1)
+    return scores
+
+
 def chance(layers: list[UnitLayer], *_: object) -> Scores:
     return {layer: torch.rand(layer.units) for layer in layers}
 
@@ -84,6 +112,7 @@ SCORES: dict[str, Callable[..., Scores]] = {
     "product": weights_alone(unit_magnitudes),  # of what makes a unit and what reads it
     "value path": weights_alone(value_path),
     "taylor": taylor,
+    "torch-pruning": torch_pruning,
     "random": chance,
     "dimap": weights_alone(lambda layer: dimap_scores(unit_magnitudes(layer))),
 }

@@ -54,6 +54,34 @@ def test_the_value_path_of_a_head_is_projection_times_value(small):
         torch.testing.assert_close(score, (p @ v).norm())
 
 
+def test_torch_pruning_scores_say_what_its_own_pruner_removes():
+    tp = pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32,
+                              depth=2, num_heads=4, num_classes=2).eval()  # fmt: skip
+    images, units = torch.randn(1, 3, 16, 16), group_units(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    keep = {
+        layer.name: values > values.median()  # the lower half goes
+        for kind in units.values()
+        for layer, values in unit_scores.torch_pruning(kind, model, (images, None), OPTIONS).items()
+    }
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    wide = [(b.attn.qkv.weight.clone(), b.mlp.fc1.weight.clone()) for b in model.blocks]
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    ratios = {layer: 0.5 for b in model.blocks for layer in (b.attn.qkv, b.mlp.fc1)}
+    tp.pruner.BasePruner(
+        model, images, tp.importance.GroupMagnitudeImportance(), pruning_ratio=0.0,
+        pruning_ratio_dict=ratios, num_heads={b.attn.qkv: 4 for b in model.blocks},
+        prune_num_heads=True, prune_head_dims=False, head_pruning_ratio=0.5,
+    ).step()  # fmt: skip
+    for i, (block, (qkv, fc1)) in enumerate(zip(model.blocks, wide)):
+        heads = qkv.unflatten(0, (3, 4, -1))[:, keep[f"blocks.{i}.attn"]].flatten(0, 2)
+        assert torch.equal(block.attn.qkv.weight, heads)
+        assert torch.equal(block.mlp.fc1.weight, fc1[keep[f"blocks.{i}.mlp"]])
+
+
 def test_compare_units_writes_a_row_for_every_kind_method_and_amount(
     data, tmp_path, monkeypatch, capsys, small
 ):
