@@ -2,8 +2,16 @@
 
 from torch_dimap.masking.amounts import amounts_by_group, check_amount, count_to_prune, warn_of_few
 from torch_dimap.masking.attaching import all_or_nothing, attach, bake, snapshot
+from torch_dimap.masking.choice import choose_masks, unpruned_by_group
 from torch_dimap.masking.grouping import Rule, builtin_rule, group_parameters, unwrapped_name
-from torch_dimap.masking.layers import Layer, Pair, computed_by, pruned_tensors, pruning_methods
+from torch_dimap.masking.layers import (
+    Layer,
+    Pair,
+    computed_by,
+    pruned_tensors,
+    pruning_methods,
+    refuse_sharded,
+)
 from torch_dimap.masking.method import DimapUnstructured
 from torch_dimap.masking.pruning import (
     dimap_unstructured,
@@ -50,6 +58,7 @@ __all__ = [
     "check_amount",
     "check_layer",
     "check_values",
+    "choose_masks",
     "computed_by",
     "count_to_prune",
     "dimap_unstructured",
@@ -65,12 +74,14 @@ __all__ = [
     "prune_layers",
     "pruned_tensors",
     "pruning_methods",
+    "refuse_sharded",
     "refuse_taken_names",
     "release",
     "remove_all",
     "snapshot",
     "survey",
     "untouched",
+    "unpruned_by_group",
     "unwrapped_name",
     "warn_of_few",
 ]
