@@ -103,3 +103,21 @@ def random_model(seed, dtype, even=False):
             values = torch.where(torch.rand(values.shape, generator=generator) < 0.5, 0.0, values)
         parameter.data.copy_(values)
     return model
+
+
+def swin():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, patch_size=4, window_size=4, embed_dim=16,
+        depths=(1, 2), num_heads=(1, 2), num_classes=4, drop_path_rate=0.0,
+    )  # fmt: skip
+
+
+def shard_blocks(model, **kwargs):
+    """As users do: each block, then the rest."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for stage in model.layers:
+        for block in stage.blocks:
+            fully_shard(block, mesh=mesh, **kwargs)
+    return fully_shard(model, mesh=mesh, **kwargs)

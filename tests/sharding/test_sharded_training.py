@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from processes import in_processes, whole
+from processes import in_processes, shard_blocks, swin, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -20,24 +20,6 @@ from torch.nn.utils import prune
 
 import torch_dimap
 from torch_dimap import global_module_aware_unstructured, group_parameters, remove_all
-
-
-def swin():
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    return timm.create_model(
-        "swin_tiny_patch4_window7_224", img_size=32, patch_size=4, window_size=4, embed_dim=16,
-        depths=(1, 2), num_heads=(1, 2), num_classes=4, drop_path_rate=0.0,
-    )  # fmt: skip
-
-
-def shard_blocks(model, **kwargs):
-    """As users do: each block, then the rest."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for stage in model.layers:
-        for block in stage.blocks:
-            fully_shard(block, mesh=mesh, **kwargs)
-    return fully_shard(model, mesh=mesh, **kwargs)
 
 
 def train(model, steps, sharded):

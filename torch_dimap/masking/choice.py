@@ -19,7 +19,14 @@ from torch_dimap.selection import (
     share_ties,
     threaded_map,
 )
-from torch_dimap.sharding import Processes, layout_of, local_of, processes_of
+from torch_dimap.sharding import (
+    Processes,
+    is_sharded,
+    layout_of,
+    local_of,
+    processes_of,
+    spread,
+)
 
 
 class Chosen(NamedTuple):
@@ -28,6 +35,12 @@ class Chosen(NamedTuple):
     masks: list[Tensor]  # True for what stays; of sharded layers the parts that are here
     emptied: list[bool]  # of which layers nothing stays
     threshold: float  # the highest score that goes
+
+
+def left_of(layer: Layer, mask: Tensor) -> Tensor:
+    """Return where a chosen mask leaves a weight that is not zero, laid out as the layer."""
+    alive = mask & (local_of(layer.parameter) != 0)
+    return spread(alive, layer.parameter) if is_sharded(layer.parameter) else alive
 
 
 def is_empty(mask: Tensor) -> bool:

@@ -68,15 +68,18 @@ def count_unpruned(layers: Sequence[Layer], caller: str) -> list[int]:
     Of sharded ones all processes must ask at once.
     """
     masks = [layer.mask for layer in layers]
-    counts = [
-        layer.parameter.numel() if mask is None else int(local_of(mask).count_nonzero())
-        for layer, mask in zip(layers, masks)
-    ]
-    sharded = [i for i, mask in enumerate(masks) if is_sharded(mask)]
-    processes = processes_of((layers[i].parameter for i in sharded), caller)
+    counts = iter(count_nonzero([mask for mask in masks if mask is not None], caller))
+    return [layer.parameter.numel() if mask is None else next(counts)
+            for layer, mask in zip(layers, masks)]  # fmt: skip
+
+
+def count_nonzero(tensors: Sequence[Tensor], caller: str) -> list[int]:
+    """Return how many entries of each tensor are not zero; of sharded ones over all processes."""
+    counts = [int(local_of(tensor).count_nonzero()) for tensor in tensors]
+    sharded = [i for i, tensor in enumerate(tensors) if is_sharded(tensor)]
+    processes = processes_of((tensors[i] for i in sharded), caller)
     if processes is not None:
-        here = [counts[i] * layout_of(layers[i].parameter, False, layers[i].label).counts
-                for i in sharded]  # fmt: skip
+        here = [counts[i] * layout_of(tensors[i], False, caller).counts for i in sharded]
         for i, count in zip(sharded, processes.add(np.array(here, float))):
             counts[i] = int(count)
     return counts
@@ -106,12 +109,12 @@ def pruned_tensors(model: nn.Module, caller: str) -> Iterator[Layer]:
             yield Layer(label, module, name)
 
 
-def refuse_sharded(layers: Iterable[Layer], caller: str) -> None:
-    """Raise if this process holds only a part of a layer, where the whole is needed."""
-    for layer in layers:
-        if is_sharded(layer.parameter):
+def refuse_sharded(tensors: Iterable[tuple[str, Tensor]], caller: str) -> None:
+    """Raise if this process holds only a part of a tensor, given by name, that it needs whole."""
+    for name, tensor in tensors:
+        if is_sharded(tensor):
             raise ValueError(
-                f"{caller}: {layer.label} is sharded (a DTensor), and the whole is needed: call it "
+                f"{caller}: {name} is sharded (a DTensor), and the whole is needed: call it "
                 "before fully_shard or a tensor-parallel plan, which keep what it does."
             )
 

@@ -144,8 +144,8 @@ def prune_layers(
         counts = {g: count_to_prune(method.amount, unpruned[g], f"{caller}: amount")
                   for g, method in ours.items()}  # fmt: skip
         if len(ours) < len(methods):
-            layers = [layer for of_group in groups.values() for layer in of_group]
-            refuse_sharded(layers, f"{caller}: pruning_method is not DimapUnstructured")
+            named = [(x.label, x.parameter) for of_group in groups.values() for x in of_group]
+            refuse_sharded(named, f"{caller}: pruning_method is not DimapUnstructured")
         return (makers, methods, counts), counts
 
     makers, methods, counts = agree(processes, plan_methods, caller)

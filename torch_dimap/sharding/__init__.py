@@ -1,6 +1,6 @@
 """Who holds which part of a sharded weight, and how do those processes agree?"""
 
-from torch_dimap.sharding.fsdp import gathered, managed_names, rename, rest_sharded
+from torch_dimap.sharding.fsdp import gathered, gathers, managed_names, rename, rest_sharded
 from torch_dimap.sharding.layout import (
     Layout,
     is_sharded,
@@ -17,6 +17,7 @@ __all__ = [
     "Processes",
     "agree",
     "gathered",
+    "gathers",
     "is_sharded",
     "laid_out",
     "layout_of",

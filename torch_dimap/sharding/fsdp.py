@@ -48,6 +48,11 @@ def rename(module: nn.Module, old: str, new: str) -> None:
         info.param_name = new
 
 
+def gathers(hook: Any) -> bool:
+    """Tell the hooks by which ``fully_shard`` gathers for a forward, and lets go after it."""
+    return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"
+
+
 def gathered(mask: DTensor, like: Tensor) -> Tensor:
     """Return of a sharded mask what ``fully_shard`` has gathered of its weight.
 

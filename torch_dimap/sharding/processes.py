@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_dimap.selection import Part
 from torch_dimap.sharding.layout import is_sharded
 
 T = TypeVar("T")
+P = TypeVar("P", bound=tuple)
 
 
 class Processes:
@@ -39,10 +39,14 @@ class Processes:
         dist.all_reduce(total, group=self._group)
         return total.cpu().numpy()
 
-    def gather(self, parts: Sequence[Part]) -> list[list[Part]]:
-        """Return for each place in the list what every process has put there."""
+    def gather(self, parts: Sequence[P]) -> list[list[P]]:
+        """Return for each place in the list what every process has put there.
+
+        Args:
+            parts: named tuples of numbers, values and counts (an array, or None).
+        """
         told = [_unpacked(data) for data in self._gather_bytes(_packed(parts))]
-        return [list(of_all) for of_all in zip(*told)]
+        return [[type(own)(*part) for part in of_all] for own, *of_all in zip(parts, *told)]
 
     def gather_object(self, value: Any) -> list[Any]:
         """Return what every process has given, in their order."""
@@ -131,16 +135,16 @@ def _group(ranks: tuple[int, ...]) -> Any:
     return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
-def _packed(parts: Sequence[Part]) -> bytes:
+def _packed(parts: Sequence[tuple]) -> bytes:
     return pickle.dumps([
         (numbers, *_narrowest(values), None if counts is None else _narrowest(counts))
         for numbers, values, counts in parts
     ])  # fmt: skip
 
 
-def _unpacked(data: bytes) -> list[Part]:
+def _unpacked(data: bytes) -> list[tuple]:
     return [
-        Part(numbers, _widened(kind, values), None if counts is None else _widened(*counts))
+        (numbers, _widened(kind, values), None if counts is None else _widened(*counts))
         for numbers, kind, values, counts in pickle.loads(data)
     ]
 

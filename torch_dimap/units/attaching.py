@@ -58,7 +58,7 @@ def maskable_parts(
     layers = {group: [layer for layer, *_ in held] for group, held in parts.items()}
     for layer in (layer for group in layers.values() for layer in group):
         check_layer(layer, caller)
-        refuse_sharded([layer], caller)
+        refuse_sharded([(layer.label, layer.parameter)], caller)
         check_finite(layer.parameter, f"{caller}: {layer.label}")
     check_values(layers, None, caller)
     return parts
