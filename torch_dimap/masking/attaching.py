@@ -46,13 +46,14 @@ def attach(layer: Layer, method: prune.BasePruningMethod, mask: Tensor) -> None:
         elif mask.is_inference():
             mask = mask.clone()
         module.register_buffer(f"{name}_mask", mask)
-        setattr(module, name, method.apply_mask(module))
+        if isinstance(method, ShardedMask):
+            method.rest(module)
+        else:
+            setattr(module, name, method.apply_mask(module))
     module.register_forward_pre_hook(method)
-    if isinstance(method, ShardedMask):
-        method.resting = getattr(module, name)
-        if managed_names([module]):
-            for user in (module, *known_readers([module])):
-                drop_after(user)
+    if isinstance(method, ShardedMask) and managed_names([module]):
+        for user in (module, *known_readers([module])):
+            drop_after(user)
 
 
 def bake(layer: Layer) -> None:

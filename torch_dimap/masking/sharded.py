@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_dimap.sharding import gathered, is_sharded, laid_out, local_of, rename
+from torch_dimap.sharding import gathered, is_sharded, laid_out, local_of, rename, spread
 
 
 class ShardedMask(prune.PruningContainer):
@@ -22,8 +22,15 @@ class ShardedMask(prune.PruningContainer):
 
     resting: Tensor  # the shard that stands for the masked weight between forwards
 
+    def rest(self, module: nn.Module) -> None:
+        """Put the masked shard in the place of the weight, as it is between forwards."""
+        orig = getattr(module, f"{self._tensor_name}_orig")
+        own, mask = local_of(orig), local_of(getattr(module, f"{self._tensor_name}_mask"))
+        self.resting = spread(mask.to(own.dtype).mul_(own), orig)
+        setattr(module, self._tensor_name, self.resting)
+
     def apply_mask(self, module: nn.Module) -> Tensor:
-        """Return the masked weight: whole in a forward, between them the shard."""
+        """Return the masked weight: whole in a forward, where it is gathered, else the shard."""
         orig = getattr(module, f"{self._tensor_name}_orig")
         mask = getattr(module, f"{self._tensor_name}_mask")
         if is_sharded(orig) and orig.placements == mask.placements:

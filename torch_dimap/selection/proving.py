@@ -18,7 +18,7 @@ import torch
 from torch_dimap.selection.brackets import EVERYTHING, Limits, logarithm_of
 from torch_dimap.selection.exchange import Exchange
 from torch_dimap.selection.reading import CPU_BLOCK, DEVICE_BLOCK, FlatWeight
-from torch_dimap.selection.runs import ROW, Inside, energy_of_first
+from torch_dimap.selection.runs import ROW, Inside, energy_of_first, read_inside
 
 NOTHING = Inside(np.empty(0), None, 0, 0.0, 0)
 PIVOTS = 15  # magnitudes at which a bracket is looked at
@@ -35,9 +35,25 @@ class Stretch(NamedTuple):
     low: float
     high: float
     here: Inside  # what this process holds between them
+    upwards: np.ndarray  # as in Picked
     below: int  # entries up to the low one
     inside: int  # entries between
     energy: float  # above the high one
+
+
+class Picked(NamedTuple):
+    """What a process holds between two magnitudes."""
+
+    here: Inside
+    upwards: np.ndarray  # energy from each of these values on, all above included; and above
+
+
+def pick_inside(weight: FlatWeight, limits: Limits) -> Picked:
+    """Read what is here of a weight between two magnitudes."""
+    here = read_inside(weight, limits)
+    square = np.square(here.values * weight.scale, dtype=float)
+    terms = square if here.counts is None else square * here.counts
+    return Picked(here, np.append(energy_of_first(terms, None), 0.0) + here.energy)
 
 
 class _Look(NamedTuple):
@@ -54,14 +70,14 @@ class Bracket:
 
     weight: FlatWeight  # the whole; its blocks are those that this process holds
     dtype: torch.dtype
-    expected: Stretch = Stretch(*EVERYTHING, NOTHING, 0, 0, 0.0)
-    left: Stretch = Stretch(*EVERYTHING, NOTHING, 0, 0, 0.0)
+    expected: Stretch = Stretch(*EVERYTHING, NOTHING, np.empty(0), 0, 0, 0.0)
+    left: Stretch = expected
 
-    def expect(self, limits: Limits, here: Inside, told: np.ndarray) -> None:
+    def expect(self, limits: Limits, here: Picked, told: np.ndarray) -> None:
         """Start from limits, what is here, and what all hold above and between, with energy."""
         above, inside, energy = told.tolist()
         below = self.weight.chooseable - int(above) - int(inside)
-        self.expected = self.left = Stretch(*limits, here, below, int(inside), energy)
+        self.expected = self.left = Stretch(*limits, *here, below, int(inside), energy)
 
     def restore(self) -> None:
         """Undo the narrowing."""
@@ -92,9 +108,9 @@ class Bracket:
         inside = here._replace(
             values=here.values[start:end],
             counts=None if here.counts is None else here.counts[start:end],
-            energy=here.energy + float(_energy_from(here, self.weight.scale)[end]),
         )
-        self.left = Stretch(float(magnitude[low]), float(magnitude[high]), inside, int(up_to[low]),
+        self.left = Stretch(float(magnitude[low]), float(magnitude[high]), inside,
+                            self.left.upwards[start : end + 1], int(up_to[low]),
                             int(up_to[high] - up_to[low]), float(energy[high]))  # fmt: skip
 
 
@@ -117,7 +133,7 @@ def narrow(
 
 def _look(brackets: list[tuple[Bracket, np.ndarray]], exchange: Exchange) -> list[_Look]:
     """Sum counts up to pivots, and energies above them, over all processes."""
-    here = [_look_here(x.left.here, pivots, x.weight.scale) for x, pivots in brackets]
+    here = [_look_here(x.left, pivots) for x, pivots in brackets]
     told = exchange.add(np.concatenate([x.ravel() for x in here]))
     parts = np.split(told, np.cumsum([x.size for x in here])[:-1])
     return [
@@ -126,18 +142,11 @@ def _look(brackets: list[tuple[Bracket, np.ndarray]], exchange: Exchange) -> lis
     ]
 
 
-def _look_here(here: Inside, pivots: np.ndarray, scale: float) -> np.ndarray:
-    place = np.searchsorted(here.values, _like(here.values, pivots), "right")
-    counts = here.counts
+def _look_here(stretch: Stretch, pivots: np.ndarray) -> np.ndarray:
+    values, counts = stretch.here.values, stretch.here.counts
+    place = np.searchsorted(values, _like(values, pivots), "right")
     up_to = place if counts is None else np.append(0, counts.cumsum())[place]
-    return np.stack([up_to, _energy_from(here, scale)[place] + here.energy])
-
-
-def _energy_from(here: Inside, scale: float) -> np.ndarray:
-    """Return the energy inside from each value upwards, and at last zero."""
-    square = np.square(here.values * scale, dtype=float)
-    terms = square if here.counts is None else square * here.counts
-    return np.append(energy_of_first(terms, None), 0.0)
+    return np.stack([up_to, stretch.upwards[place]])
 
 
 def _narrow(brackets: list[Bracket], looks: list[_Look], count: int) -> None:

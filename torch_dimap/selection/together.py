@@ -36,7 +36,7 @@ from torch_dimap.selection.choosing import choose, highest, threshold_of
 from torch_dimap.selection.cuts import Cut
 from torch_dimap.selection.exact import exact_energy
 from torch_dimap.selection.exchange import Exchange, Part, add_exactly
-from torch_dimap.selection.proving import Bracket, narrow
+from torch_dimap.selection.proving import Bracket, narrow, pick_inside
 from torch_dimap.selection.reading import Blocks, FlatWeight, Reading, read_part, weight_of
 from torch_dimap.selection.runs import (
     Inside,
@@ -45,7 +45,6 @@ from torch_dimap.selection.runs import (
     cut_runs,
     distinct_of,
     merge,
-    read_inside,
 )
 from torch_dimap.selection.search import all_or_none
 from torch_dimap.selection.threads import Map
@@ -131,8 +130,8 @@ def _read_inside(
     brackets: list[Bracket], limits: list[Limits], exchange: Exchange, map_: Map
 ) -> None:
     """Pick what lies inside of limits, and count what all processes hold there and above."""
-    found = list(map_(read_inside, [x.weight for x in brackets], limits))
-    told = exchange.add(np.array([(x.above, x.entries, x.energy) for x in found]).ravel())
+    found = list(map_(pick_inside, [x.weight for x in brackets], limits))
+    told = exchange.add(np.array([(x.above, x.entries, x.energy) for x, _ in found]).ravel())
     for x, *start in zip(brackets, limits, found, told.reshape(-1, 3)):
         x.expect(*start)
 
