@@ -29,6 +29,9 @@ class Exchange(Protocol):
     def add(self, numbers: np.ndarray) -> np.ndarray:
         """Sum vectors of float64 over all processes."""
 
+    def least(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the least of each number over all processes."""
+
 
 def add_exactly(numbers: Sequence[Fraction], exchange: Exchange) -> list[Fraction]:
     """Sum fractions over all processes; their denominators are powers of two."""

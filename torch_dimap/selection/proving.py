@@ -25,8 +25,8 @@ PIVOTS = 15  # magnitudes at which a bracket is looked at
 FEW = 1 << 8  # entries of a weight that may stay undecided
 ROUNDS = 16  # enough for any bracket: each one divides 2^63 magnitudes by 16
 # Of the logarithm of a score, twice: see choosing.slack_of. Narrowing need not be the closest.
-_SUMS = max(CPU_BLOCK, DEVICE_BLOCK) + 2 * ROW + (1 << 13)
-SLACK = 2.0**-37 + 3 * 2 * _SUMS * 2.0**-52
+LONGEST = max(CPU_BLOCK, DEVICE_BLOCK)  # block that any process may have read
+SLACK = 2.0**-37 + 3 * 2 * (LONGEST + 2 * ROW + (1 << 13)) * 2.0**-52
 
 
 class Stretch(NamedTuple):

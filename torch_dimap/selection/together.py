@@ -36,7 +36,7 @@ from torch_dimap.selection.choosing import choose, highest, threshold_of
 from torch_dimap.selection.cuts import Cut
 from torch_dimap.selection.exact import exact_energy
 from torch_dimap.selection.exchange import Exchange, Part, add_exactly
-from torch_dimap.selection.proving import Bracket, narrow, pick_inside
+from torch_dimap.selection.proving import LONGEST, Bracket, narrow, pick_inside
 from torch_dimap.selection.reading import Blocks, FlatWeight, Reading, read_part, weight_of
 from torch_dimap.selection.runs import (
     Inside,
@@ -63,10 +63,16 @@ def read_together(
         blocks: of the parts here; none where another process holds the same part.
         labels: what to call each weight in an error.
     """
-    told = exchange.gather([Part(reading) for reading in map_(read_part, blocks)])
+    here = list(map_(read_part, blocks))
+    own = np.array([x.scale for x in here])
+    scale = exchange.least(own)
+    with np.errstate(invalid="ignore"):
+        energy = np.where(np.isinf(own), 0.0, scale / own) ** 2 * [x.energy for x in here]
+    told = exchange.add(np.append([(x.size, x.chooseable) for x in here], energy))
+    counts, energies = told[: 2 * len(here)].reshape(-1, 2), told[2 * len(here) :].tolist()
     return [
-        weight_of(own, [_reading(*part.numbers) for part in parts], label)
-        for own, parts, label in zip(blocks, told, labels)
+        weight_of(x, [Reading(int(size), int(chooseable), *found)], label)
+        for x, (size, chooseable), *found, label in zip(blocks, counts, scale, energies, labels)
     ]
 
 
@@ -112,10 +118,6 @@ def find_cuts_together(
         results |= chosen
         missed = {i: beside[i] or edges[i] for i in missed if i not in chosen}
     return [result for result in results.values() if result is not None]
-
-
-def _reading(size: float, chooseable: float, scale: float, energy: float) -> Reading:
-    return Reading(int(size), int(chooseable), scale, energy)
 
 
 def _samples(weights: list[FlatWeight], exchange: Exchange, map_: Map) -> list[Sample]:
@@ -195,7 +197,7 @@ def _shortest(here: Inside) -> Part:
         distinct, often = distinct_of(values)
         if 2 * len(distinct) < len(values):
             values, counts = distinct, often
-    return Part((float(here.longest),), values, counts)
+    return Part((), values, counts)
 
 
 def _join(bracket: Bracket, parts: list[Part], processes: int) -> Runs:
@@ -206,10 +208,9 @@ def _join(bracket: Bracket, parts: list[Part], processes: int) -> Runs:
             distinct_of(part.values) if part.counts is None else (part.values, part.counts)
             for part in parts
         ])  # fmt: skip
-    longest = max(int(part.numbers[0]) for part in parts)
     weight, left = bracket.weight, bracket.left
     above = weight.chooseable - left.below - left.inside
-    found = Inside(values, counts, above, left.energy, longest)
+    found = Inside(values, counts, above, left.energy, LONGEST)
     return as_runs(weight, found, additions=processes)
 
 

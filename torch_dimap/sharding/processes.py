@@ -35,9 +35,11 @@ class Processes:
 
     def add(self, numbers: np.ndarray) -> np.ndarray:
         """Sum vectors of float64 over all processes."""
-        total = torch.from_numpy(np.array(numbers, np.float64)).to(self._device)
-        dist.all_reduce(total, group=self._group)
-        return total.cpu().numpy()
+        return self._reduce(numbers, dist.ReduceOp.SUM)
+
+    def least(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the least of each float64 over all processes."""
+        return self._reduce(numbers, dist.ReduceOp.MIN)
 
     def gather(self, parts: Sequence[P]) -> list[list[P]]:
         """Return for each place in the list what every process has put there.
@@ -51,6 +53,11 @@ class Processes:
     def gather_object(self, value: Any) -> list[Any]:
         """Return what every process has given, in their order."""
         return [pickle.loads(data) for data in self._gather_bytes(pickle.dumps(value))]
+
+    def _reduce(self, numbers: np.ndarray, operation: Any) -> np.ndarray:
+        own = torch.from_numpy(np.array(numbers, np.float64)).to(self._device)
+        dist.all_reduce(own, operation, group=self._group)  # the same bits in every process
+        return own.cpu().numpy()
 
     def _gather_bytes(self, data: bytes) -> list[bytes]:
         own = torch.tensor([len(data)], device=self._device)
@@ -136,37 +143,56 @@ def _group(ranks: tuple[int, ...]) -> Any:
 
 
 def _packed(parts: Sequence[tuple]) -> bytes:
-    return pickle.dumps([
-        (numbers, *_narrowest(values), None if counts is None else _narrowest(counts))
-        for numbers, values, counts in parts
-    ])  # fmt: skip
+    """Join parts to a few long strings: most of them hold little where processes are many."""
+    numbers, values, counts = zip(*parts)
+    return pickle.dumps((numbers, [len(x) for x in values], _joined(values), _joined(counts)))
 
 
 def _unpacked(data: bytes) -> list[tuple]:
-    return [
-        (numbers, _widened(kind, values), None if counts is None else _widened(*counts))
-        for numbers, kind, values, counts in pickle.loads(data)
-    ]
+    numbers, lengths, values, counts = pickle.loads(data)
+    return list(zip(numbers, _parted(lengths, *values), _parted(lengths, *counts)))
+
+
+def _joined(arrays: Sequence[np.ndarray | None]) -> tuple[bytes, bytes]:
+    """Return a letter for each array's dtype, and all of their bytes."""
+    found = [("-", b"") if x is None else _narrowest(x) for x in arrays]
+    return "".join(letter for letter, _ in found).encode(), b"".join(data for _, data in found)
+
+
+def _parted(lengths: Sequence[int], letters: bytes, data: bytes) -> list[np.ndarray | None]:
+    found: list[np.ndarray | None] = []
+    start = 0
+    for letter, length in zip(letters.decode(), lengths):
+        if letter == "-":
+            found.append(None)
+            continue
+        sent, wide = _LETTERS[letter]
+        values = np.frombuffer(data, sent, length, start)
+        start += values.nbytes
+        if letter == "b":  # the upper half of a float32
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        found.append(values.astype(wide, copy=False))
+    return found
+
+
+# How numbers travel, and what they are at the other end.
+_LETTERS = {
+    "b": (np.uint16, np.float32), "e": (np.float16, np.float32), "f": (np.float32, np.float32),
+    "d": (np.float64, np.float64), "i": (np.int32, np.int64), "l": (np.int64, np.int64),
+    "B": (np.uint8, np.uint8),
+}  # fmt: skip
 
 
 def _narrowest(values: np.ndarray) -> tuple[str, bytes]:
     """Return the shortest dtype that holds an array's values, and its bytes."""
     if values.dtype == np.float32:
-        bits = values.view(np.uint32)
+        bits = np.ascontiguousarray(values).view(np.uint32)
         if not (bits & 0xFFFF).any():
-            return "bfloat16", (bits >> 16).astype(np.uint16).tobytes()
+            return "b", (bits >> 16).astype(np.uint16).tobytes()
         with np.errstate(over="ignore"):
             half = values.astype(np.float16)
         if (half == values).all():
-            return "float16", half.tobytes()
-    if values.dtype == np.int64 and values.size and values.max() < 1 << 31:
-        values = values.astype(np.int32)
-    return values.dtype.name, values.tobytes()
-
-
-def _widened(kind: str, data: bytes) -> np.ndarray:
-    if kind == "bfloat16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    values = np.frombuffer(data, kind)
-    wider = {"float16": np.float32, "int32": np.int64}.get(kind)
-    return values if wider is None else values.astype(wider)
+            return "e", half.tobytes()
+    if values.dtype == np.int64 and values.max(initial=0) < 1 << 31:
+        return "i", values.astype(np.int32).tobytes()
+    return np.dtype(values.dtype).char, values.tobytes()
