@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,29 @@ from torch_dimap.masking.sharded import ShardedMask, drop_after, stop_dropping
 from torch_dimap.sharding import is_sharded, managed_names, rename, spread
 
 
-def attach(layer: Layer, method: prune.BasePruningMethod, mask: Tensor) -> None:
+def attach(
+    layer: Layer,
+    method: prune.BasePruningMethod,
+    mask: Tensor,
+    managed: Mapping[tuple[nn.Module, str], Any] | None = None,
+) -> None:
     """Do to one module what torch's ``BasePruningMethod.apply`` does once it has a mask.
+
+    ``fully_shard`` is told the parameter's new name; ``managed`` is what it manages, where that
+    is known already.
 
     Unlike torch's, the parameter keeps its place among those of its module: optimizers
     save their state by place.
     """
     _, module, name = layer
     orig, before = layer.parameter, layer.method
+    managed = managed_names([module]) if managed is None else managed
     method._tensor_name = name
     if before is None:
         with _in_place(module, name, f"{name}_orig"):
             module.register_parameter(f"{name}_orig", orig)
             del module._parameters[name]
-        rename(module, name, f"{name}_orig")
+        rename(managed, module, name, f"{name}_orig")
     else:
         hooks = module._forward_pre_hooks
         hooks.pop(next(key for key, hook in hooks.items() if hook is before))
@@ -51,7 +61,7 @@ def attach(layer: Layer, method: prune.BasePruningMethod, mask: Tensor) -> None:
         else:
             setattr(module, name, method.apply_mask(module))
     module.register_forward_pre_hook(method)
-    if isinstance(method, ShardedMask) and managed_names([module]):
+    if (module, name) in managed or (module, f"{name}_orig") in managed:
         for user in (module, *known_readers([module])):
             drop_after(user)
 

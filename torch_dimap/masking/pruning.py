@@ -19,7 +19,7 @@ from torch_dimap.masking.readers import hold, known_readers, release
 from torch_dimap.masking.sharded import stop_dropping
 from torch_dimap.masking.targets import Scores, check_values, find_layers
 from torch_dimap.selection import check_finite
-from torch_dimap.sharding import agree, processes_of
+from torch_dimap.sharding import agree, managed_names, processes_of
 from torch_dimap.text import warn_of_empty
 
 
@@ -161,8 +161,9 @@ def prune_layers(
     warn_of_empty(empty, caller)  # first: where warnings are errors, nothing may change
     readers = known_readers(layer.module for layer, _, _ in plan)
     with all_or_nothing([*(layer.module for layer, _, _ in plan), *readers]):
+        managed = managed_names(layer.module for layer, _, _ in plan)
         for layer, group, mask in plan:
-            attach(layer, makers[group](), mask)
+            attach(layer, makers[group](), mask, managed)
         for reader in readers:
             hold(reader)
     return {group: chosen[group].threshold for group in groups}

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_dimap.sharding import gathered, is_sharded, laid_out, local_of, rename, spread
+from torch_dimap.sharding import (
+    gathered,
+    is_sharded,
+    laid_out,
+    local_of,
+    managed_names,
+    rename,
+    spread,
+)
 
 
 class ShardedMask(prune.PruningContainer):
@@ -47,7 +55,7 @@ class ShardedMask(prune.PruningContainer):
             delattr(module, name)
         del module._parameters[f"{name}_orig"], module._buffers[f"{name}_mask"]
         module.register_parameter(name, orig)
-        rename(module, f"{name}_orig", name)
+        rename(managed_names([module]), module, f"{name}_orig", name)
 
 
 def drop_gathered(module: nn.Module, inputs: Any, output: Any) -> None:

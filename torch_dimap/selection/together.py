@@ -92,6 +92,8 @@ def find_cuts_together(
     """
     results = {i: all_or_none(*group) for i, group in enumerate(zip(groups, counts))}
     todo = [i for i, result in results.items() if result is None]
+    if not todo:
+        return [result for result in results.values() if result is not None]
     weights = [weight for i in todo for weight in groups[i]]
     samples = dict(zip(map(id, weights), _samples(weights, exchange, map_)))
     guesses = {

@@ -7,7 +7,7 @@ the parameter had. A mask gives it another one, ``weight_orig``, which must be t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,9 +41,11 @@ def managed_names(modules: Iterable[nn.Module]) -> dict[tuple[nn.Module, str], A
     }
 
 
-def rename(module: nn.Module, old: str, new: str) -> None:
-    """Tell ``fully_shard`` the new name of a parameter, if it manages it."""
-    info = managed_names([module]).get((module, old))
+def rename(
+    managed: Mapping[tuple[nn.Module, str], Any], module: nn.Module, old: str, new: str
+) -> None:
+    """Tell ``fully_shard`` the new name of a parameter, if it is among those that it manages."""
+    info = managed.get((module, old))
     if info is not None:
         info.param_name = new
 
