@@ -53,4 +53,4 @@ def compare(cases, ways):
     [(1, ["fully_shard", "plan"]), (2, ["fully_shard", "plan"]), (4, list(WAYS))],
 )
 def test_masks_and_thresholds_are_those_of_the_unsharded_model(processes, ways, tmp_path):
-    in_processes(processes, tmp_path, compare, range(20 * processes, 40 * processes), ways)
+    in_processes(processes, tmp_path, compare, range(10 * processes, 20 * processes), ways)
