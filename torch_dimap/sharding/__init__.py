@@ -7,22 +7,27 @@ from torch_dimap.sharding.layout import (
     laid_out,
     layout_of,
     local_of,
+    part_like,
     spread,
     whole_of,
 )
+from torch_dimap.sharding.lending import Whole, lend_to_first
 from torch_dimap.sharding.processes import Processes, agree, processes_of
 
 __all__ = [
     "Layout",
     "Processes",
+    "Whole",
     "agree",
     "gathered",
     "gathers",
     "is_sharded",
     "laid_out",
     "layout_of",
+    "lend_to_first",
     "local_of",
     "managed_names",
+    "part_like",
     "processes_of",
     "rename",
     "rest_sharded",

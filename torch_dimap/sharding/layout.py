@@ -47,9 +47,15 @@ class Layout(NamedTuple):
 
     def part_of(self, whole: Tensor) -> Tensor:
         """Return the part of a tensor that every process holds whole."""
-        for dimension, index in enumerate(self.indices):
-            whole = whole.index_select(dimension, torch.from_numpy(index).to(whole.device))
-        return whole
+        return whole[self.slices].clone(memory_format=torch.contiguous_format)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Where the part lies: parts of parts are cut from one piece, so each is one."""
+        return tuple(
+            slice(int(index[0]), int(index[-1]) + 1) if len(index) else slice(0)
+            for index in self.indices
+        )
 
 
 def layout_of(tensor: Tensor, first: bool, what: str) -> Layout:
@@ -110,7 +116,15 @@ def laid_out(mask: Tensor, like: Tensor) -> Tensor:
         return mask
     if is_sharded(mask):
         return mask.redistribute(like.device_mesh, like.placements)
-    return spread(layout_of(like, False, "a weight").part_of(mask), like)
+    return spread(part_like(mask, like), like)
+
+
+def part_like(whole: Tensor, like: Tensor) -> Tensor:
+    """Return the part of a whole tensor that this process holds of another one: all, or a copy."""
+    if not is_sharded(like):
+        return whole
+    part = layout_of(like, False, "a tensor").part_of(whole)
+    return part.view(local_of(like).shape)  # fully_shard has its own shapes for empty parts
 
 
 def whole_of(tensor: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class Processes:
 
     def __init__(self, ranks: tuple[int, ...], device: str) -> None:
         self._group = _group(ranks)
+        self._first = ranks[0]
         self._device = device
         self.processes = len(ranks)
         self.rank = ranks.index(dist.get_rank())
@@ -53,6 +54,15 @@ class Processes:
     def gather_object(self, value: Any) -> list[Any]:
         """Return what every process has given, in their order."""
         return [pickle.loads(data) for data in self._gather_bytes(pickle.dumps(value))]
+
+    def gather_to_first(self, own: Tensor) -> list[Tensor]:
+        """Hand a vector of each process, of any length, to the first; the others get nothing."""
+        sizes = self.gather_object(own.numel())
+        padded = torch.zeros(max(sizes), dtype=own.dtype, device=self._device)
+        padded[: own.numel()] = own
+        parts = None if self.rank else [torch.empty_like(padded) for _ in sizes]
+        dist.gather(padded, parts, self._first, self._group)
+        return [part[:size].cpu() for part, size in zip(parts or (), sizes)]
 
     def _reduce(self, numbers: np.ndarray, operation: Any) -> np.ndarray:
         own = torch.from_numpy(np.array(numbers, np.float64)).to(self._device)
