@@ -30,7 +30,9 @@ def start(rank, processes, address, work, *arguments):
 
 def in_processes(processes, tmp_path, work, *arguments):
     """Run a function everywhere; what fails in one process fails here."""
-    address = f"file://{tmp_path}/rendezvous"
+    meeting = tmp_path / "rendezvous"
+    meeting.unlink(missing_ok=True)  # that of an earlier call
+    address = f"file://{meeting}"
     torch.multiprocessing.spawn(start, (processes, address, work, *arguments), processes)
 
 
