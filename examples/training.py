@@ -129,7 +129,7 @@ def train_epoch(
 
     Args:
         training: what is trained.
-        forward: its model, or that in DistributedDataParallel.
+        forward: its model, sharded or not, or that in DistributedDataParallel.
         loader: batches of images and labels; those that fill no step are left out.
         mixup: mixes a batch and smooths its targets.
         bar: shows the images of all processes.
@@ -201,7 +201,8 @@ def run_epoch(
     correct = math.nan
     if not besides.frozen:
         share = test_loader(test, options, rank, world)
-        correct = count_correct(training.tested, share, options)
+        most = math.ceil(math.ceil(len(test) / world) / options.batch_size)  # of any process
+        correct = count_correct(training.tested, share, options, forwards=most)
     loss, correct = sum_over_processes(loss / world, correct)
     training.epochs_done += 1
     return loss, 100 * correct / len(test), images * world / seconds
