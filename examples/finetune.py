@@ -31,9 +31,8 @@ from images import (
     open_splits,
     set_transforms,
     training_loader,
-    unlabelled_batches,
 )
-from methods import METHODS, SCORED, UNITS, prunable
+from methods import METHODS, SCORED, UNITS, masks, prunable
 from models import (
     add_model_kwargs_argument,
     add_weights_arguments,
@@ -45,16 +44,17 @@ from models import (
 )
 from provenance import provenance, write_csv
 from resuming import claim_new, kept_options, read_state
-from sharded import shard, spread, total, whole
+from sharded import shard, spread, total, whole, why_not_sharded
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from training import (
     Training,
+    reconstruct_alike,
     run_epoch,
     set_seeds,
     start_processes,
@@ -105,8 +105,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--ema-decay", type=float, default=0.0, metavar="D",
         help="test and save an exponential moving average of the weights (default: 0, off)")
     add("--fsdp", action="store_true",
-        help="shard the weights over the processes (fully_shard) instead of copying them; prunes "
-        "by the DIMAP score, without --reconstruct")
+        help="shard the weights over the processes (fully_shard); for methods that rank by the "
+        "DIMAP score, without --reconstruct")
     add("--seed", type=int, default=0, help="(default: 0)")
     options = parser.parse_args(words)
     if not 0 <= options.amount <= 1:
@@ -121,15 +121,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--ema-decay must lie between 0 and 1, found {options.ema_decay}")
     if min(options.batch_size, options.accumulate) < 1:
         parser.error("--batch-size and --accumulate must be at least 1")
-    if options.fsdp and options.method == UNITS:
-        parser.error("--fsdp cannot mask whole units, which lie in several processes: leave it out")
-    if options.fsdp and METHODS[options.method][1] != "dimap":
-        parser.error(f"--fsdp prunes by the DIMAP score, found --method {options.method}, which "
-                     "ranks whole tensors: choose another, or leave it out")  # fmt: skip
-    if options.fsdp and options.reconstruct:
-        parser.error("--fsdp shards layers that --reconstruct needs whole: leave one of them out")
-    if options.fsdp and options.amp == "float16":
-        parser.error("--fsdp takes --amp bfloat16 or none")
+    if options.fsdp and (obstacle := why_not_sharded(options)):
+        parser.error(f"--fsdp {obstacle}")
     if options.augmentation == "swin" and options.batch_size % 2:
         parser.error(f"--batch-size must be even for mixup, found {options.batch_size}")
     return options
@@ -154,28 +147,6 @@ def prune(schedule: PruningSchedule, epoch: int, options: argparse.Namespace) ->
         schedule.step(epoch)
     except RuntimeError as error:
         fail(str(error))
-
-
-def reconstruct_alike(
-    model: nn.Module, train: Dataset, test: Dataset, options: argparse.Namespace
-) -> None:
-    """Refit the kept weights, in every process to the same values."""
-    batches = unlabelled_batches(
-        train, options.reconstruct, options.batch_size, test.transform, options.seed
-    )
-    torch_dimap.reconstruct(model, batches)
-    if dist.is_initialized():  # on GPUs the same sums may differ in their last bits
-        for parameter in model.parameters():
-            dist.broadcast(parameter.data, src=0)
-
-
-def masks(model: nn.Module) -> dict[str, Tensor]:
-    weights = dict(model.named_parameters())
-    return {
-        name: buffer
-        for name, buffer in model.named_buffers()
-        if f"{name.removesuffix('_mask')}_orig" in weights  # Swin has an attn_mask of its own
-    }
 
 
 def build(options: argparse.Namespace, classes: int, state: dict | None) -> nn.Module:
@@ -224,12 +195,12 @@ def prepare(
 
 def shard_all(model: nn.Module, options: argparse.Namespace) -> ModelEmaV3 | None:
     """Shard the model, and its average, which cannot be copied from a sharded one."""
-    ema = None
+    average = None
     if options.ema_decay:
-        ema = ModelEmaV3(model, decay=options.ema_decay, foreach=False)  # not all are shards
-        pruning_schedule(shard(ema.module, options.device), options)
+        average = ModelEmaV3(model, decay=options.ema_decay, foreach=False)  # not all are shards
+        pruning_schedule(shard(average.module, options.device), options)
     shard(model, options.device)
-    return ema
+    return average
 
 
 def save(training: Training, options: argparse.Namespace) -> None:
@@ -295,8 +266,7 @@ def run(options: argparse.Namespace) -> None:
         if rank == 0:
             print(f"epoch {epoch + 1}/{options.epochs}: loss {loss:.4f}, top-1 {top1:.2f} %, "
                   f"{speed:.0f} images/s", flush=True)  # fmt: skip
-    weights = torch_dimap.remove_all(training.tested).state_dict()
-    weights = whole(weights) if options.fsdp else weights
+    weights = whole(torch_dimap.remove_all(training.tested).state_dict())
     if rank == 0:
         save_weights(weights, options.output / "model.safetensors")
         print(f"top-1 {top1:.2f} %; baked model: {options.output / 'model.safetensors'}")

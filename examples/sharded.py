@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch.distributed as dist
+from methods import METHODS, UNITS
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def why_not_sharded(options: argparse.Namespace) -> str:
+    """Say why options of finetune.py need whole weights; nothing if they do not."""
+    if options.method == UNITS:
+        return "cannot mask whole units, which lie in several processes: leave it out"
+    if METHODS[options.method][1] != "dimap":
+        return (f"prunes by the DIMAP score, found --method {options.method}, which ranks whole "
+                "tensors: choose another, or leave it out")  # fmt: skip
+    if options.reconstruct:
+        return "shards layers that --reconstruct needs whole: leave one of them out"
+    return "takes --amp bfloat16 or none" if options.amp == "float16" else ""
 
 
 def shard(model: nn.Module, device: str) -> nn.Module:
     """Spread a timm model's weights over all processes, block by block, in place."""
+    from torch.distributed.device_mesh import init_device_mesh  # here, since not every torch has it
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "blocks":
@@ -23,7 +37,7 @@ def shard(model: nn.Module, device: str) -> nn.Module:
 
 def total(summed: Tensor) -> Tensor:
     """Return a sum over a tensor or over all shards of it: all processes must ask for it."""
-    return summed.full_tensor() if isinstance(summed, DTensor) else summed
+    return summed.full_tensor() if hasattr(summed, "full_tensor") else summed
 
 
 def whole(state: Any) -> Any:
@@ -32,7 +46,7 @@ def whole(state: Any) -> Any:
     All processes must call it. The others get nothing in place of such tensors, so that only
     the first has to have room for all of them.
     """
-    if isinstance(state, DTensor):
+    if hasattr(state, "full_tensor"):
         gathered = state.full_tensor()
         return gathered.cpu() if dist.get_rank() == 0 else None
     if isinstance(state, dict):
@@ -54,6 +68,8 @@ def spread(state: dict[str, Any], model: nn.Module, optimizer: Any) -> dict[str,
 
 
 def _like(value: Any, own: Tensor) -> Any:
-    if isinstance(own, DTensor) and isinstance(value, Tensor) and value.shape == own.shape:
-        return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
-    return value
+    if not hasattr(own, "full_tensor") or getattr(value, "shape", None) != own.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)

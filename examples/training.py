@@ -19,7 +19,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from images import autocast, count_correct, test_loader
+from images import autocast, count_correct, test_loader, unlabelled_batches
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import torch_dimap
 from torch_dimap import PruningSchedule
 
 
@@ -110,6 +111,19 @@ def set_seeds(*numbers: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def reconstruct_alike(
+    model: nn.Module, train: Dataset, test: Dataset, options: argparse.Namespace
+) -> None:
+    """Refit the kept weights, in every process to the same values."""
+    batches = unlabelled_batches(
+        train, options.reconstruct, options.batch_size, test.transform, options.seed
+    )
+    torch_dimap.reconstruct(model, batches)
+    if dist.is_initialized():  # on GPUs the same sums may differ in their last bits
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, src=0)
 
 
 def updates_per_epoch(loader: DataLoader, options: argparse.Namespace) -> int:

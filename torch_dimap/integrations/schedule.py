@@ -13,7 +13,6 @@ from torch.nn.utils import prune
 from torch_dimap.integrations.goals import Prunable, find_prunable
 from torch_dimap.masking import DimapUnstructured, amounts_by_group, count_to_prune
 from torch_dimap.sharding import is_sharded
-from torch_dimap.sharding import is_sharded
 
 # Name -> how much of the amount is gone once a share of the rounds is done.
 CURVES: dict[str, Callable[[float], float]] = {
@@ -43,7 +42,7 @@ class PruningSchedule:
     an earlier run fit a model that has just been built and given a schedule.
 
     In several processes each prunes for itself, and it is checked that all come to the same
-    masks; so every one of them has to call :meth:`step`. Of a sharded model they prune together.
+    masks; so every one of them has to call :meth:`step`.
 
     Args:
         parameters: what is pruned, group by group: weights, as :func:`group_parameters`
