@@ -62,9 +62,9 @@ def spread(state: dict[str, Any], model: nn.Module, optimizer: Any) -> dict[str,
         i: {key: _like(value, parameters[i]) for key, value in values.items()}
         for i, values in state["optimizer"]["state"].items()
     }
-    spread = {key: {name: _like(value, own[name]) for name, value in state[key].items()}
+    shards = {key: {name: _like(value, own[name]) for name, value in state[key].items()}
               for key in ("model", "ema") if state[key]}  # fmt: skip
-    return {**state, **spread, "optimizer": {**state["optimizer"], "state": of_optimizer}}
+    return {**state, **shards, "optimizer": {**state["optimizer"], "state": of_optimizer}}
 
 
 def _like(value: Any, own: Tensor) -> Any:
