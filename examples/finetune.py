@@ -7,6 +7,7 @@ The defaults are the paper's recipe: AdamW, 30 epochs, learning rate up from 2e-
         --amount 0.55 --output swin_tiny_55
     python examples/finetune.py ... --reconstruct 256          refits the kept weights first
     torchrun --nproc-per-node 8 examples/finetune.py ...       on eight GPUs
+    torchrun --nproc-per-node 8 examples/finetune.py ... --fsdp    for models that fill a GPU
     python examples/finetune.py ... --resume                   after an interruption
     python examples/finetune.py ... --random-init --amount 0   trains a dense model
     python examples/finetune.py ... --method units             whole heads and neurons, for speed
@@ -30,28 +31,30 @@ from images import (
     open_splits,
     set_transforms,
     training_loader,
-    unlabelled_batches,
 )
-from methods import METHODS, SCORED, UNITS, prunable
+from methods import METHODS, SCORED, UNITS, masks, prunable
 from models import (
     add_model_kwargs_argument,
     add_weights_arguments,
     fail,
     load_model,
     save_model,
+    save_weights,
     whole_or_not_at_all,
 )
 from provenance import provenance, write_csv
 from resuming import claim_new, kept_options, read_state
+from sharded import shard, spread, total, whole, why_not_sharded
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from training import (
     Training,
+    reconstruct_alike,
     run_epoch,
     set_seeds,
     start_processes,
@@ -62,7 +65,7 @@ import torch_dimap
 from torch_dimap import PruningSchedule
 
 # What may differ between a run and its resumption: where it runs, not what it computes.
-FREE = ("resume", "output", "data", "device", "workers")
+FREE = ("resume", "output", "data", "device", "workers", "fsdp")
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -101,6 +104,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--smoothing", type=float, default=0.1, metavar="S", help="of labels (default: 0.1)")
     add("--ema-decay", type=float, default=0.0, metavar="D",
         help="test and save an exponential moving average of the weights (default: 0, off)")
+    add("--fsdp", action="store_true",
+        help="shard the weights over the processes (fully_shard); for methods that rank by the "
+        "DIMAP score, without --reconstruct")
     add("--seed", type=int, default=0, help="(default: 0)")
     options = parser.parse_args(words)
     if not 0 <= options.amount <= 1:
@@ -115,6 +121,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--ema-decay must lie between 0 and 1, found {options.ema_decay}")
     if min(options.batch_size, options.accumulate) < 1:
         parser.error("--batch-size and --accumulate must be at least 1")
+    if options.fsdp and (obstacle := why_not_sharded(options)):
+        parser.error(f"--fsdp {obstacle}")
     if options.augmentation == "swin" and options.batch_size % 2:
         parser.error(f"--batch-size must be even for mixup, found {options.batch_size}")
     return options
@@ -141,28 +149,6 @@ def prune(schedule: PruningSchedule, epoch: int, options: argparse.Namespace) ->
         fail(str(error))
 
 
-def reconstruct_alike(
-    model: nn.Module, train: Dataset, test: Dataset, options: argparse.Namespace
-) -> None:
-    """Refit the kept weights, in every process to the same values."""
-    batches = unlabelled_batches(
-        train, options.reconstruct, options.batch_size, test.transform, options.seed
-    )
-    torch_dimap.reconstruct(model, batches)
-    if dist.is_initialized():  # on GPUs the same sums may differ in their last bits
-        for parameter in model.parameters():
-            dist.broadcast(parameter.data, src=0)
-
-
-def masks(model: nn.Module) -> dict[str, Tensor]:
-    weights = dict(model.named_parameters())
-    return {
-        name: buffer
-        for name, buffer in model.named_buffers()
-        if f"{name.removesuffix('_mask')}_orig" in weights  # Swin has an attn_mask of its own
-    }
-
-
 def build(options: argparse.Namespace, classes: int, state: dict | None) -> nn.Module:
     """Return the model to train, with the weights that it starts from."""
     set_seeds(options.seed)
@@ -183,9 +169,12 @@ def build(options: argparse.Namespace, classes: int, state: dict | None) -> nn.M
 
 def prepare(
     model: nn.Module, loader: DataLoader, options: argparse.Namespace,
-    schedule: PruningSchedule | None, state: dict | None,
+    schedule: PruningSchedule | None, state: dict | None, ema: ModelEmaV3 | None,
 ) -> Training:  # fmt: skip
-    """Build what goes by the names and order of the weights of a pruned model."""
+    """Build what goes by the names and order of the weights of a pruned model.
+
+    The average only if there is none yet.
+    """
     optimizer = create_optimizer_v2(
         model, options.opt, lr=options.lr, weight_decay=options.weight_decay
     )
@@ -196,24 +185,41 @@ def prepare(
         updates_per_epoch=updates_per_epoch(loader, options),
     )  # fmt: skip
     scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "float16")
-    ema = ModelEmaV3(model, decay=options.ema_decay) if options.ema_decay else None
+    if ema is None and options.ema_decay:
+        ema = ModelEmaV3(model, decay=options.ema_decay)
     training = Training(model, optimizer, scheduler, scaler, ema, schedule)
     if state:
-        training.load_state_dict(state)
+        training.load_state_dict(spread(state, model, optimizer) if options.fsdp else state)
     return training
 
 
+def shard_all(model: nn.Module, options: argparse.Namespace) -> ModelEmaV3 | None:
+    """Shard the model, and its average, which cannot be copied from a sharded one."""
+    average = None
+    if options.ema_decay:
+        average = ModelEmaV3(model, decay=options.ema_decay, foreach=False)  # not all are shards
+        pruning_schedule(shard(average.module, options.device), options)
+    shard(model, options.device)
+    return average
+
+
 def save(training: Training, options: argparse.Namespace) -> None:
-    """Write the state, then the log that it holds."""
+    """Write the state, then the log that it holds: in the first process, with all others' help."""
+    state = {**training.state_dict(), "options": kept_options(options, FREE)}
+    state = whole(state) if options.fsdp else state
+    if dist.is_initialized() and dist.get_rank():
+        return
     options.output.mkdir(parents=True, exist_ok=True)
     with whole_or_not_at_all(options.output / "last.pth") as file:
-        torch.save({**training.state_dict(), "options": kept_options(options, FREE)}, file)
+        torch.save(state, file)
     with whole_or_not_at_all(options.output / "log.csv", "w") as file:
         write_csv(training.log, file)
 
 
 def run(options: argparse.Namespace) -> None:
     rank, world = start_processes(options)
+    if options.fsdp and not dist.is_initialized():
+        fail("--fsdp shards over processes: start it with torchrun, see --help.")
     state = None
     if options.resume:
         state = read_state(options.output / "last.pth", options, FREE)
@@ -225,13 +231,14 @@ def run(options: argparse.Namespace) -> None:
     loader = training_loader(train, options, rank, world)
     if updates_per_epoch(loader, options) == 0:
         fail(f"{len(train)} training images fill no step: lower --batch-size or --accumulate.")
+    ema = shard_all(model, options) if options.fsdp else None
     schedule = pruning_schedule(model, options)
     if schedule and not state:
         prune(schedule, 0, options)
     if options.reconstruct and not state:
         reconstruct_alike(model, train, test, options)
-    training = prepare(model, loader, options, schedule, state)
-    forward = model if world == 1 else DistributedDataParallel(
+    training = prepare(model, loader, options, schedule, state, ema)
+    forward = model if world == 1 or options.fsdp else DistributedDataParallel(
         model, device_ids=[torch.cuda.current_device()] if options.device == "cuda" else None
     )  # fmt: skip
     mixup = None
@@ -247,7 +254,7 @@ def run(options: argparse.Namespace) -> None:
             training, forward, loader, test, options, mixup,
             f"epoch {epoch + 1}/{options.epochs}, top-1 {top1:.2f}",
         )  # fmt: skip
-        gone = sum(int((mask == 0).sum()) for mask in masks(model).values())
+        gone = sum(int(total((mask == 0).sum())) for mask in masks(model).values())
         training.log.append({
             "method": options.method if options.amount else "dense", "amount": options.amount,
             "reconstruct": options.reconstruct,
@@ -255,12 +262,13 @@ def run(options: argparse.Namespace) -> None:
             "lr": training.optimizer.param_groups[0]["lr"],
             "images_per_second": round(speed, 1), **about,
         })  # fmt: skip
+        save(training, options)
         if rank == 0:
-            save(training, options)
             print(f"epoch {epoch + 1}/{options.epochs}: loss {loss:.4f}, top-1 {top1:.2f} %, "
                   f"{speed:.0f} images/s", flush=True)  # fmt: skip
+    weights = whole(torch_dimap.remove_all(training.tested).state_dict())
     if rank == 0:
-        save_model(torch_dimap.remove_all(training.tested), options.output / "model.safetensors")
+        save_weights(weights, options.output / "model.safetensors")
         print(f"top-1 {top1:.2f} %; baked model: {options.output / 'model.safetensors'}")
         if options.method == UNITS and options.amount:
             slim = options.output / "slim.safetensors"

@@ -212,12 +212,19 @@ def autocast(options: argparse.Namespace) -> torch.autocast:
 
 
 @torch.no_grad()
-def count_correct(model: nn.Module, loader: DataLoader, options: argparse.Namespace) -> int:
-    """Return how many of the loader's images the model puts first in their class."""
+def count_correct(
+    model: nn.Module, loader: DataLoader, options: argparse.Namespace, forwards: int = 0
+) -> int:
+    """Return how many of the loader's images the model puts first in their class.
+
+    Processes that share the weights of a sharded model must all make as many ``forwards``.
+    """
     model.eval()
     correct = torch.zeros((), dtype=torch.long, device=options.device)
     for images, labels in loader:
         with autocast(options):
             outputs = model(images.to(options.device, non_blocking=True))
         correct += (outputs.argmax(1) == labels.to(options.device)).sum()
+    for _ in range(forwards - len(loader)):
+        model(images.to(options.device))
     return int(correct)

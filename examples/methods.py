@@ -76,6 +76,16 @@ def prunable(model: nn.Module, method: str) -> tuple[Any, type[prune.BasePruning
     return regroup(model, grouping), RANKINGS[ranking]
 
 
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """Return the masks of a model's weights by name."""
+    weights = dict(model.named_parameters())
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if f"{name.removesuffix('_mask')}_orig" in weights  # Swin has an attn_mask of its own
+    }
+
+
 def prune_to(
     model: nn.Module,
     method: str,

@@ -6,14 +6,14 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, NoReturn
 
 import safetensors.torch
 import timm
 from timm.utils import ParseKwargs
-from torch import nn
+from torch import Tensor, nn
 
 
 def fail(message: str) -> NoReturn:
@@ -80,6 +80,11 @@ def whole_or_not_at_all(path: Path, mode: str = "wb") -> Iterator[IO]:
 
 def save_model(model: nn.Module, path: Path) -> None:
     """Write a model's state dict as safetensors."""
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_weights(model.state_dict(), path)
+
+
+def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write a state dict as safetensors."""
+    state = {key: value.contiguous() for key, value in state.items()}
     with whole_or_not_at_all(path) as file:
         file.write(safetensors.torch.save(state))

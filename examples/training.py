@@ -19,7 +19,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from images import autocast, count_correct, test_loader
+from images import autocast, count_correct, test_loader, unlabelled_batches
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import torch_dimap
 from torch_dimap import PruningSchedule
 
 
@@ -112,6 +113,19 @@ def set_seeds(*numbers: int) -> None:
     torch.manual_seed(seed)
 
 
+def reconstruct_alike(
+    model: nn.Module, train: Dataset, test: Dataset, options: argparse.Namespace
+) -> None:
+    """Refit the kept weights, in every process to the same values."""
+    batches = unlabelled_batches(
+        train, options.reconstruct, options.batch_size, test.transform, options.seed
+    )
+    torch_dimap.reconstruct(model, batches)
+    if dist.is_initialized():  # on GPUs the same sums may differ in their last bits
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, src=0)
+
+
 def updates_per_epoch(loader: DataLoader, options: argparse.Namespace) -> int:
     return len(loader) // options.accumulate
 
@@ -129,7 +143,7 @@ def train_epoch(
 
     Args:
         training: what is trained.
-        forward: its model, or that in DistributedDataParallel.
+        forward: its model, sharded or not, or that in DistributedDataParallel.
         loader: batches of images and labels; those that fill no step are left out.
         mixup: mixes a batch and smooths its targets.
         bar: shows the images of all processes.
@@ -201,7 +215,8 @@ def run_epoch(
     correct = math.nan
     if not besides.frozen:
         share = test_loader(test, options, rank, world)
-        correct = count_correct(training.tested, share, options)
+        most = math.ceil(math.ceil(len(test) / world) / options.batch_size)  # of any process
+        correct = count_correct(training.tested, share, options, forwards=most)
     loss, correct = sum_over_processes(loss / world, correct)
     training.epochs_done += 1
     return loss, 100 * correct / len(test), images * world / seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,13 @@ def log(output):
 
 def column(output, key):
     return [float(row[key]) for row in log(output)]
+
+
+def assert_same_but_for_rounding(*outputs):
+    for key, tolerance in (("loss", 1e-5), ("top1", 0), ("zeros", 0), ("lr", 0)):
+        np.testing.assert_allclose(*(column(output, key) for output in outputs), rtol=tolerance)
+    weights = (load_file(output / "model.safetensors") for output in outputs)
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
 
 
 def test_finetune_prunes_bakes_and_saves_a_plain_model(data, tmp_path, run):
@@ -166,11 +174,31 @@ def test_finetune_in_two_processes_has_the_losses_of_one(data, tmp_path, run):
     two = start(*arguments(data, tmp_path / "two", *words, "--batch-size", 4), torchrun=torchrun)
     output, _ = two.communicate()
     assert two.returncode == 0, output
-    for key, tolerance in (("loss", 1e-5), ("top1", 0), ("zeros", 0), ("lr", 0)):
-        one, both = (column(tmp_path / name, key) for name in ("one", "two"))
-        np.testing.assert_allclose(one, both, rtol=tolerance)
-    one, both = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    torch.testing.assert_close(one, both, rtol=1e-3, atol=1e-5)
+    assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+def test_finetune_sharded_has_the_losses_of_one_process_and_resumes_on_others(data, tmp_path, run):
+    if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+        pytest.skip("this torch has fully_shard elsewhere")
+    words = ("--amount", 0.5, "--steps", 2, "--ema-decay", 0.5, "--epochs", 9, *PLAIN)
+    run(*arguments(data, tmp_path / "one", *words))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    sharded = arguments(data, tmp_path / "two", *words, "--batch-size", 4, "--fsdp")
+    stopped = start(*sharded, torchrun=torchrun)
+    while not (tmp_path / "two" / "log.csv").exists() and stopped.poll() is None:
+        time.sleep(0.01)
+    stopped.terminate()
+    output, _ = stopped.communicate(timeout=60)
+    assert 1 <= len(log(tmp_path / "two")) < 9, output
+    shutil.copytree(tmp_path / "two", tmp_path / "other")
+    two = start(*sharded, "--resume", torchrun=torchrun)
+    output, _ = two.communicate(timeout=120)
+    assert two.returncode == 0, output
+    assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two")
+    run(*arguments(data, tmp_path / "other", *words, "--batch-size", 4, "--resume"))
+    assert column(tmp_path / "other", "zeros") == column(tmp_path / "one", "zeros")
+    assert sorted(os.listdir(tmp_path / "other")) == sorted(os.listdir(tmp_path / "two"))
 
 
 def test_finetune_resumes_after_a_kill_to_the_same_weights(data, tmp_path, run):
@@ -354,6 +382,10 @@ def test_finetune_stops_at_a_loss_that_is_not_finite(data, tmp_path, run):
         (["--amount", "0.5", "--warmup-epochs", "3"], "--warmup-epochs must lie below --epochs"),
         (["--amount", "0.5", "--batch-size", "7"], "--batch-size must be even for mixup"),
         (["--amount", "0.5", "--ema-decay", "1"], "--ema-decay must lie between 0 and 1"),
+        (["--amount", "0.5", "--fsdp", "--method", "units"], "--fsdp cannot mask whole units"),
+        (["--amount", "0.5", "--fsdp", "--method", "random"], "--fsdp prunes by the DIMAP score"),
+        (["--amount", "0.5", "--fsdp", "--reconstruct", "8"], "--reconstruct needs whole"),
+        (["--amount", "0.5", "--fsdp", "--amp", "float16"], "--amp bfloat16 or none"),
     ],
 )
 def test_finetune_checks_its_options(data, tmp_path, run, capsys, words, message):
@@ -365,6 +397,10 @@ def test_finetune_checks_its_options(data, tmp_path, run, capsys, words, message
 def test_finetune_says_when_the_images_fill_no_step(data, tmp_path, run):
     words = arguments(data, tmp_path / "out", "--amount", 0.5, "--batch-size", 64)
     refused(run, words, "48 training images fill no step")
+
+
+def test_finetune_shards_only_under_torchrun(data, tmp_path, run):
+    refused(run, arguments(data, tmp_path / "out", "--amount", 0.5, "--fsdp"), "torchrun")
 
 
 def test_finetune_opens_timms_data_sets(data, tmp_path, run):

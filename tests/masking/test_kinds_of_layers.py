@@ -8,9 +8,8 @@ import pytest
 import torch
 from backbones import build
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations, parametrize
 
-import torch_dimap
 from torch_dimap import (
     dimap_unstructured,
     global_module_aware_unstructured,
@@ -188,44 +187,6 @@ def test_layers_that_take_no_mask_are_refused_for_what_they_are(make, message):
         dimap_unstructured(model[0], "weight", amount=0.5)
     with pytest.raises(ValueError, match=rf"summarize\(\): 0.weight .*{message}"):
         summarize(model, parameters=[(model[0], "weight")])
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    """A device mesh of one process."""
-    dist = torch.distributed
-    if not dist.is_available():
-        pytest.skip("torch was built without torch.distributed")
-    from torch.distributed.device_mesh import init_device_mesh
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-def test_sharded_weights_are_refused_with_the_order_that_works(mesh, tmp_path):
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    if not hasattr(fsdp, "fully_shard"):
-        pytest.skip("this torch has fully_shard elsewhere")
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    pairs = [(layer, "weight") for layer in model]
-    sharded = fsdp.fully_shard(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), mesh=mesh)
-    with pytest.raises(ValueError, match="is sharded .a DTensor.: prune before fully_shard"):
-        global_module_aware_unstructured([(layer, "weight") for layer in sharded], amount=0.5)
-    assert not prune.is_pruned(sharded)
-    global_module_aware_unstructured(pairs, amount=0.5)
-    fsdp.fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(torch.randn(2, 8)).square().sum().backward()
-        optimizer.step()
-    model(torch.randn(2, 8))
-    assert sum(int((layer.weight == 0).sum()) for layer in model) == 64
-    for call in (remove_all, lambda m: torch_dimap.save_pruned(m, tmp_path / "m.safetensors")):
-        with pytest.raises(ValueError, match="0.weight is sharded"):
-            call(model)
 
 
 # --- recurrent layers -----------------------------------------------------------------

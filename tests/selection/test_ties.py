@@ -113,7 +113,7 @@ def test_exact_energy_rounds_nothing(dtype):
     weight = weight[weight.isfinite()]
     expected = sum(Fraction(x) ** 2 for x in weight.tolist() if abs(x) > 0.5)
     flat = reading.read_weight(reading.blocks_of(weight, None), "weight")
-    assert exact.exact_energy(flat, 0.5) == expected
+    assert exact.exact_energy(flat.blocks, 0.5) == expected
 
 
 def test_sum_of_squares_rounds_nothing_in_the_whole_range_of_float64():

@@ -19,7 +19,15 @@ from tqdm import tqdm
 
 from torch_dimap.accounting.inputs import Inputs, arguments_for, called_by_place
 from torch_dimap.accounting.products import Handle, product_handles, refuse_unknown
-from torch_dimap.masking import Layer, Pair, find_layers_in, pruned_tensors, untouched
+from torch_dimap.masking import (
+    Layer,
+    Pair,
+    count_nonzero,
+    find_layers_in,
+    pruned_tensors,
+    stand_in_for_shards,
+    untouched,
+)
 
 
 class Flops(NamedTuple):
@@ -102,7 +110,8 @@ def count_flops(
     inputs = arguments_for(model, inputs, "count_flops()")
     layers = [layer for members in groups.values() for layer in members]
     total, dense = _trace(model, inputs, layers, op_handles or {}, progress)
-    kept = {layer.label: int(layer.weight.count_nonzero()) for layer in layers}
+    counts = count_nonzero([layer.weight for layer in layers], "count_flops()")
+    kept = {layer.label: count for layer, count in zip(layers, counts)}
     size = {layer.label: layer.parameter.numel() for layer in layers}
     by_group, by_layer = {}, {}
     for group, members in groups.items():
@@ -169,6 +178,7 @@ def _analyse(
         for layer in pruned_tensors(model, "count_flops()"):
             # For parents that read the tensor before any hook has made it anew.
             vars(layer.module)[layer.name] = layer.parameter
+        stand_in_for_shards(model, "count_flops()")
         analysis = FlopCountAnalysis(model, placed)
         analysis.set_op_handle(**{**product_handles(model, layers), **op_handles})
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)

@@ -24,6 +24,7 @@ from torch_dimap.accounting.canvas import (
 )
 from torch_dimap.accounting.thresholds import check_thresholds
 from torch_dimap.masking import Layer, Parameters, find_layers_in
+from torch_dimap.sharding import whole_of
 from torch_dimap.units import UnitRule, count_units
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def plot_masks(
     chosen = _choose(model, layers, parameters, "plot_masks()")
     figure, panels = panels_of(len(chosen), width=6.0, height=5.4)
     for (group, layer, _), axes in zip(chosen, panels):
-        alive = (layer.weight != 0).cpu()
+        alive = (whole_of(layer.weight) != 0).cpu()
         alive = alive.flatten(1) if alive.dim() > 1 else alive.reshape(-1, 1)
         rows, columns = alive.shape
         block = math.ceil(rows / _CELLS), math.ceil(columns / _CELLS)
@@ -268,18 +269,18 @@ def _choose(
 
 
 def _density(layer: Layer) -> float:
-    return int(layer.weight.count_nonzero()) / max(1, layer.parameter.numel())
+    return int(whole_of(layer.weight).count_nonzero()) / max(1, layer.parameter.numel())
 
 
 def _values(layer: Layer) -> tuple[np.ndarray, np.ndarray, float | None]:
     """Return a layer's weights, which of them are kept, and the magnitude of the cut."""
-    weight = layer.parameter.detach().flatten().float().cpu().numpy()
+    weight = whole_of(layer.parameter.detach()).flatten().float().cpu().numpy()
     if layer.mask is None:
         kept = weight != 0  # what baking has set to zero can only be told to be small
         weight, gone = weight[kept], not kept.all()
         cut = float(np.abs(weight).min()) if gone and weight.size else None
         return weight, np.ones(weight.shape, dtype=bool), cut
-    kept = (layer.mask != 0).flatten().cpu().numpy()
+    kept = (whole_of(layer.mask) != 0).flatten().cpu().numpy()
     if kept.all() or not kept.any():
         return weight, kept, None
     cut = float(np.abs(weight[~kept]).max())

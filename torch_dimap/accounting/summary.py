@@ -15,6 +15,7 @@ from torch_dimap.accounting.table import Row, Summary, by
 from torch_dimap.accounting.thresholds import check_thresholds
 from torch_dimap.masking import Layer, Pair, find_layers_in
 from torch_dimap.operations import replaced_attentions
+from torch_dimap.sharding import whole_of
 
 NOTE = (
     "FLOPs: multiply-adds for inputs of {inputs}. masked: every layer weighted by its own\n"
@@ -137,7 +138,7 @@ def _units(left: list[UnitsLeft | None]) -> dict[str, int]:
 
 
 def _layer_row(layer: Layer, **fields: Any) -> Row:
-    alive = layer.weight != 0
+    alive = whole_of(layer.weight) != 0
     shape = tuple(alive.shape)
     if alive.dim() < 2:
         alive = alive.reshape(-1, 1)

@@ -15,11 +15,14 @@ from torch_dimap.masking import (
     Parameters,
     Scores,
     check_values,
+    choose_masks,
+    count_nonzero,
     count_to_prune,
     find_layers_in,
+    left_of,
     prune_layers,
+    unpruned_by_group,
 )
-from torch_dimap.selection import select
 
 
 class Budget(NamedTuple):
@@ -144,13 +147,13 @@ class _Plan(NamedTuple):
 
 def _prune(plan: _Plan, target: float, fixed: Mapping[str, float] | None) -> Budget:
     values = check_values(plan.layers, plan.importance_scores, plan.caller)
-    unpruned = {g: sum(layer.unpruned for layer in layers) for g, layers in plan.layers.items()}
+    unpruned = unpruned_by_group(plan.layers, plan.caller)
     wanted = absolute(target, plan.whole, plan.unit, plan.caller)
     amount = check_fixed(fixed or {}, unpruned, plan.caller)
 
     def left(group: str, amount: float) -> int:
         count = count_to_prune(amount, unpruned[group], f"{plan.caller}: fixed[{group!r}]")
-        return _left(plan, group, values[group], count)
+        return 0 if count == unpruned[group] else _left(plan, group, values, count)
 
     bound = plan.whole - sum(plan.costs.values()) + sum(left(g, a) for g, a in amount.items())
     if bound > wanted:
@@ -170,15 +173,10 @@ def _prune(plan: _Plan, target: float, fixed: Mapping[str, float] | None) -> Bud
     return Budget(amount, thresholds, wanted, reached)
 
 
-def _left(plan: _Plan, group: str, values: list[Tensor], count: int) -> int:
+def _left(plan: _Plan, group: str, values: Mapping[str, list[Tensor]], count: int) -> int:
     """Return what a group still costs when its ``count`` lowest weights are gone."""
     layers = plan.layers[group]
-    if count == sum(layer.unpruned for layer in layers):
-        return 0
-    names = [f"{plan.caller}: {layer.label}" for layer in layers]
-    keeps, _ = select(values, count, [layer.mask for layer in layers], names)
-    total = 0
-    for layer, keep in zip(layers, keeps):
-        kept = int((keep & (layer.parameter != 0)).count_nonzero())
-        total += weighted_flops(plan.costs[layer.label], kept, keep.numel())
-    return total
+    masks = choose_masks(plan.layers, values, {group: count}, plan.caller)[group].masks
+    kept = count_nonzero([left_of(x, mask) for x, mask in zip(layers, masks)], plan.caller)
+    return sum(weighted_flops(plan.costs[layer.label], n, layer.parameter.numel())
+               for layer, n in zip(layers, kept))  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import prune
 
-from torch_dimap.files.loading import layers_to_mask
 from torch_dimap.files.names import match_names
+from torch_dimap.files.planning import layers_to_mask
 from torch_dimap.masking import all_or_nothing, attach, bake, hold_masks, pruned_tensors, release
+from torch_dimap.sharding import local_of, part_like
 from torch_dimap.storage import Checkpoint, name_of, open_weights, read_mask
 from torch_dimap.text import name_some
 
@@ -74,10 +75,12 @@ def prune_like(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     old = {(x.module, x.name): x for n, x in masked.items() if n in entries and n not in wanted}
     with all_or_nothing(layer.module for layer in new.values()):
         for name, layer in new.items():
-            attach(layer, prune.Identity(), masks[name].to(layer.parameter.device))
+            mask = part_like(masks[name], layer.parameter)
+            attach(layer, prune.Identity(), mask.to(layer.parameter.device))
     for name in masks.keys() & masked.keys():
         _, module, own = masked[name]
-        module.get_buffer(f"{own}_mask").copy_(masks[name])
+        mask = module.get_buffer(f"{own}_mask")
+        local_of(mask).copy_(part_like(masks[name], mask))
     for layer in old.values():
         bake(layer)
     for module in model.modules() if old else ():

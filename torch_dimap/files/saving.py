@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_dimap.accounting import check_thresholds
 from torch_dimap.files.operations import operations_of
-from torch_dimap.masking import builtin_rule, pruned_tensors
+from torch_dimap.masking import Layer, builtin_rule, pruned_tensors
 from torch_dimap.selection import threaded_map
+from torch_dimap.sharding import Whole, agree, lend_to_first, local_of, processes_of
 from torch_dimap.storage import NAMES, Entry, check_target, entry_of, masked, write_weights
 from torch_dimap.units import UnitRule
 
@@ -37,10 +40,15 @@ def save_pruned(
     with them, save ``model.state_dict()``. Tensors that share their memory are saved
     under each of their names. On failure the file is as it was before.
 
+    Of a model that is sharded (``fully_shard``, a tensor-parallel plan) the file is the same,
+    byte for byte. All of its processes make the call; the first of them gets one whole tensor
+    at a time, on the CPU, and writes. What fails there fails in all.
+
     Args:
         model: with masks, so save before :func:`torch_dimap.remove_all`; or slim, then
             with masks or without. On any device.
-        path: where to. A symbolic link is followed, and what it points to is replaced.
+        path: where to, in the first process. A symbolic link is followed, and what it points
+            to is replaced.
         masks_only: save the masks alone, one bit per weight, with hashes of the weights
             behind them: the only ones that :func:`load_pruned` will then apply them to.
             Those are the weights as they are now; for masks of a published checkpoint,
@@ -55,8 +63,8 @@ def save_pruned(
         TypeError: if ``model`` is no module, or ``thresholds`` no mapping.
         ValueError: if it is neither pruned nor slim, if its layers are not as
             ``remove_units`` left them, if a pruned weight is tied to one that is
-            not or is sharded, if its state dict holds what is no plain tensor, or for thresholds of
-            other groups or that are no finite numbers.
+            not, if its state dict holds what is no plain tensor, for thresholds of
+            other groups or that are no finite numbers, or if processes ask for different files.
         RuntimeError: if an earlier pruning of a tensor is incomplete.
         OSError: if the file exists without ``force``, or the disk refuses.
 
@@ -75,45 +83,60 @@ def save_pruned(
     caller = "save_pruned()"
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be an nn.Module, found {type(model).__name__}.")
-    operations = operations_of(model, unit_rule, caller)
-    entries = _entries_of(model, bool(operations) and not masks_only, caller)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    group_of = {}
-    pruned = [name for name, entry in entries.items() if entry.masked]
-    for name in pruned:
-        place, _, parameter = name.rpartition(".")
-        group = builtin_rule(place, modules[place], parameter)
-        if group is not None:
-            group_of[name] = group
-    check_thresholds(thresholds, list(dict.fromkeys(group_of.values())), caller)
-    target = check_target(path, caller, force)
-    content = "masks" if masks_only else "compressed" if pruned else "dense"
-    with threaded_map(len(entries)) as map_:
-        write_weights(
-            target,
-            entries,
-            content,
-            map_=map_,
-            group_of=group_of,
-            thresholds={group: float(value) for group, value in (thresholds or {}).items()},
-            hashed=masks_only or hash_weights,
+    layers = {layer.label: layer for layer in pruned_tensors(model, caller)}
+    state = model.state_dict()
+    processes = processes_of((x for x in state.values() if isinstance(x, Tensor)), caller)
+
+    def check() -> tuple[tuple[Any, dict[str, Any]], object]:
+        operations = operations_of(model, unit_rule, caller)
+        if not layers and not (operations and not masks_only):
+            raise ValueError(
+                f"{caller}: the model must have masks, found no pruned tensor in it: save before "
+                "remove_all, or use prune_checkpoint on the file of a dense model."
+            )
+        entries = _entries_of(state, layers, state.__getitem__, caller)
+        groups = _groups_of(model, layers)
+        check_thresholds(thresholds, list(dict.fromkeys(groups.values())), caller)
+        kinds = {name: (entry.kind, entry.masked) for name, entry in entries.items()}
+        writes = processes is None or processes.rank == 0
+        target = check_target(path, caller, force) if writes else None
+        how = {
+            "content": "masks" if masks_only else "compressed" if layers else "dense",
+            "group_of": groups,
+            "thresholds": {group: float(value) for group, value in (thresholds or {}).items()},
+            "hashed": masks_only or hash_weights,
             # Masks alone are for a model with just these weights, which is slim already.
-            operations=None if masks_only else operations,
-        )
+            "operations": None if masks_only else operations,
+        }
+        return (target, how), (kinds, how)
+
+    target, how = agree(processes, check, caller)
+
+    def write(whole: Whole) -> None:
+        entries = _entries_of(state, layers, whole, caller)
+        with threaded_map(len(entries), on_cpu=processes is None) as map_:
+            write_weights(target, entries, map_=map_, **how)
+
+    lend_to_first(processes, state, write, caller)
 
 
-def _entries_of(model: nn.Module, unmasked: bool, caller: str) -> dict[str, Entry]:
+def _groups_of(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Return to which groups pruned tensors belong, by the built-in rule."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {}
+    for label in layers:
+        place, _, name = label.rpartition(".")
+        found[label] = builtin_rule(place, modules[place], name)
+    return {label: group for label, group in found.items() if group is not None}
+
+
+def _entries_of(
+    state: Mapping[str, Any], layers: Mapping[str, Layer], whole: Whole, caller: str
+) -> dict[str, Entry]:
     """Return a model's state dict as entries, originals and masks joined."""
-    pruned = {tensor.label: tensor for tensor in pruned_tensors(model, caller)}
-    if not pruned and not unmasked:
-        raise ValueError(
-            f"{caller}: the model must have masks, found no pruned tensor in it: save before "
-            "remove_all, or use prune_checkpoint on the file of a dense model."
-        )
     entries: dict[str, Entry] = {}
-    for key, value in model.state_dict().items():
-        label = key.removesuffix("_orig")
-        if key.removesuffix("_mask") in pruned:
+    for key, value in state.items():
+        if key.removesuffix("_mask") in layers:
             continue
         if not isinstance(value, Tensor) or value.is_meta or value.dtype not in NAMES:
             kind = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value)
@@ -121,15 +144,18 @@ def _entries_of(model: nn.Module, unmasked: bool, caller: str) -> dict[str, Entr
                 f"{caller}: the model's state must be plain tensors with values, found {key}, "
                 f"{kind}."
             )
-        entries[label if label in pruned else key] = entry_of(value)
-    for label, (_, module, name) in pruned.items():
-        mask = module.get_buffer(f"{name}_mask")
-        if mask.dtype != torch.bool and not bool(torch.all((mask == 0) | (mask == 1))):
+        label = key.removesuffix("_orig")
+        entries[label if label in layers else key] = entry_of(value, partial(whole, key))
+    for label in layers:
+        mask = state[f"{label}_mask"]
+        own = local_of(mask)
+        if mask.dtype != torch.bool and not bool(torch.all((own == 0) | (own == 1))):
             raise ValueError(f"{caller}: the mask of {label} must hold 0 and 1 only: binarize it.")
-        entries[label] = masked(entries[label], entry_of(mask))
+        read = partial(whole, f"{label}_mask")
+        entries[label] = masked(entries[label], entry_of(mask, read))
     behind = {entry.memory: name for name, entry in entries.items() if entry.masked}
     for name, entry in entries.items():
-        if not entry.masked and entry.kind.size and entry.memory in behind:
+        if not entry.masked and entry.memory is not None and entry.memory in behind:
             raise ValueError(
                 f"{caller}: {name} must not share its values with the pruned "
                 f"{behind[entry.memory]}, which it does: untie it, give one a copy as nn.Parameter."

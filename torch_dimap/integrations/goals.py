@@ -14,6 +14,7 @@ from torch_dimap.masking import (
     Parameters,
     find_layers,
     global_module_aware_unstructured,
+    unpruned_by_group,
 )
 from torch_dimap.units import UnitLayer, global_module_aware_structured
 
@@ -30,7 +31,7 @@ class Weights(NamedTuple):
         return {g: sum(x.parameter.numel() for x in own) for g, own in self.groups.items()}
 
     def left(self) -> dict[str, int]:
-        return {g: sum(layer.unpruned for layer in own) for g, own in self.groups.items()}
+        return unpruned_by_group(self.groups, "PruningSchedule")
 
     def masks(self) -> Iterator[Tensor | None]:
         return (layer.mask for own in self.groups.values() for layer in own)

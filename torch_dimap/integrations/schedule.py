@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 
 from torch_dimap.integrations.goals import Prunable, find_prunable
 from torch_dimap.masking import DimapUnstructured, amounts_by_group, count_to_prune
+from torch_dimap.sharding import is_sharded
 
 # Name -> how much of the amount is gone once a share of the rounds is done.
 CURVES: dict[str, Callable[[float], float]] = {
@@ -181,7 +182,8 @@ class PruningSchedule:
             return
         digest = hashlib.sha256()
         for mask in self._what.masks():
-            digest.update(b"" if mask is None else mask.bool().cpu().numpy().tobytes())
+            if mask is not None and not is_sharded(mask):  # of which each has another part
+                digest.update(mask.bool().cpu().numpy().tobytes())
         digests = [""] * dist.get_world_size()
         dist.all_gather_object(digests, digest.hexdigest())
         if len(set(digests)) > 1:

@@ -2,8 +2,17 @@
 
 from torch_dimap.masking.amounts import amounts_by_group, check_amount, count_to_prune, warn_of_few
 from torch_dimap.masking.attaching import all_or_nothing, attach, bake, snapshot
+from torch_dimap.masking.choice import choose_masks, left_of, unpruned_by_group
 from torch_dimap.masking.grouping import Rule, builtin_rule, group_parameters, unwrapped_name
-from torch_dimap.masking.layers import Layer, Pair, computed_by, pruned_tensors, pruning_methods
+from torch_dimap.masking.layers import (
+    Layer,
+    Pair,
+    computed_by,
+    count_nonzero,
+    pruned_tensors,
+    pruning_methods,
+    refuse_sharded,
+)
 from torch_dimap.masking.method import DimapUnstructured
 from torch_dimap.masking.pruning import (
     dimap_unstructured,
@@ -31,7 +40,7 @@ from torch_dimap.masking.targets import (
     find_layers_in,
     refuse_taken_names,
 )
-from torch_dimap.masking.trials import untouched
+from torch_dimap.masking.trials import stand_in_for_shards, untouched
 
 __all__ = [
     "SINGLE_GROUP",
@@ -50,7 +59,9 @@ __all__ = [
     "check_amount",
     "check_layer",
     "check_values",
+    "choose_masks",
     "computed_by",
+    "count_nonzero",
     "count_to_prune",
     "dimap_unstructured",
     "find_layers",
@@ -61,16 +72,20 @@ __all__ = [
     "hold_masks",
     "is_never_called",
     "known_readers",
+    "left_of",
     "note_readers",
     "prune_layers",
     "pruned_tensors",
     "pruning_methods",
+    "refuse_sharded",
     "refuse_taken_names",
     "release",
     "remove_all",
     "snapshot",
+    "stand_in_for_shards",
     "survey",
     "untouched",
+    "unpruned_by_group",
     "unwrapped_name",
     "warn_of_few",
 ]

@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torch_dimap.masking.layers import Layer
+from torch_dimap.masking.readers import known_readers
+from torch_dimap.masking.sharded import ShardedMask, drop_after, stop_dropping
+from torch_dimap.sharding import is_sharded, managed_names, rename, spread
 
 
-def attach(layer: Layer, method: prune.BasePruningMethod, mask: Tensor) -> None:
+def attach(
+    layer: Layer,
+    method: prune.BasePruningMethod,
+    mask: Tensor,
+    managed: Mapping[tuple[nn.Module, str], Any] | None = None,
+) -> None:
     """Do to one module what torch's ``BasePruningMethod.apply`` does once it has a mask.
+
+    ``fully_shard`` is told the parameter's new name; ``managed`` is what it manages, where that
+    is known already.
 
     Unlike torch's, the parameter keeps its place among those of its module: optimizers
     save their state by place.
     """
     _, module, name = layer
     orig, before = layer.parameter, layer.method
+    managed = managed_names([module]) if managed is None else managed
     method._tensor_name = name
     if before is None:
         with _in_place(module, name, f"{name}_orig"):
             module.register_parameter(f"{name}_orig", orig)
             del module._parameters[name]
+        rename(managed, module, name, f"{name}_orig")
     else:
         hooks = module._forward_pre_hooks
         hooks.pop(next(key for key, hook in hooks.items() if hook is before))
-        method = _container(before, method)
+    if is_sharded(orig):
+        mask = spread(mask, orig)
+    if before is not None or is_sharded(orig):
+        kind = ShardedMask if is_sharded(orig) else prune.PruningContainer
+        method = _container(kind, [*_methods(before), method])
     # Without a graph the module can be copied, for an EMA, right away; and tensors made in
     # inference mode could never again be changed outside of it.
     with torch.inference_mode(False), torch.no_grad():
@@ -38,15 +56,26 @@ def attach(layer: Layer, method: prune.BasePruningMethod, mask: Tensor) -> None:
         elif mask.is_inference():
             mask = mask.clone()
         module.register_buffer(f"{name}_mask", mask)
-        setattr(module, name, method.apply_mask(module))
+        if isinstance(method, ShardedMask):
+            method.rest(module)
+        else:
+            setattr(module, name, method.apply_mask(module))
     module.register_forward_pre_hook(method)
+    if (module, name) in managed or (module, f"{name}_orig") in managed:
+        for user in (module, *known_readers([module])):
+            drop_after(user)
 
 
 def bake(layer: Layer) -> None:
     """Call ``prune.remove``, but leave the parameter in its place."""
     _, module, name = layer
+    if is_sharded(layer.parameter):  # masked before it was sharded: torch's own would undo that
+        hooks = module._forward_pre_hooks
+        key = next(key for key, hook in hooks.items() if hook is layer.method)
+        hooks[key] = _container(ShardedMask, _methods(layer.method))
     with _in_place(module, f"{name}_orig", name), torch.inference_mode(False), torch.no_grad():
         prune.remove(module, name)
+    stop_dropping(module)
 
 
 @contextmanager
@@ -60,13 +89,17 @@ def _in_place(module: nn.Module, old: str, new: str) -> Iterator[None]:
     parameters.update(entries)
 
 
+def _methods(hook: prune.BasePruningMethod | None) -> list[prune.BasePruningMethod]:
+    """Return a tensor's earlier methods."""
+    return list(hook) if isinstance(hook, prune.PruningContainer) else [hook] if hook else []
+
+
 def _container(
-    old: prune.BasePruningMethod, new: prune.BasePruningMethod
+    kind: type[prune.PruningContainer], methods: Sequence[prune.BasePruningMethod]
 ) -> prune.PruningContainer:
-    """Join a tensor's earlier methods and a new one, leaving the earlier as they are."""
-    earlier = list(old) if isinstance(old, prune.PruningContainer) else [old]
-    container = prune.PruningContainer(earlier[0])
-    for method in [*earlier[1:], new]:
+    """Join methods, leaving each as it is."""
+    container = kind(methods[0])
+    for method in methods[1:]:
         container.add_pruning_method(method)
     return container
 
@@ -91,6 +124,8 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
             else:
                 dicts.append((attribute, dict(attribute)))
 
+    names = [(info, info.param_name) for info in managed_names(classes).values()]
+
     def put_back() -> None:  # in place: hook handles refer to these very dicts
         for module, kind in classes.items():
             if type(module) is not kind:
@@ -102,6 +137,8 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
             items[:] = before
         for container in empty:
             container.clear()
+        for info, name in names:
+            info.param_name = name
 
     return put_back
 

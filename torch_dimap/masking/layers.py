@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from torch_dimap.sharding import (
+    is_sharded,
+    laid_out,
+    layout_of,
+    local_of,
+    processes_of,
+    rest_sharded,
+)
 
 Pair = tuple[nn.Module, str]  # as torch.nn.utils.prune takes it
 
@@ -23,10 +33,15 @@ class Layer(NamedTuple):
     @property
     def parameter(self) -> nn.Parameter:
         """The dense values; behind the mask where the tensor is pruned."""
-        return getattr(self.module, self.name if self.mask is None else f"{self.name}_orig")
+        return getattr(self.module, self.name if self._mask is None else f"{self.name}_orig")
 
     @property
     def mask(self) -> Tensor | None:
+        """The mask; laid out as the parameter where that is sharded."""
+        return None if self._mask is None else laid_out(self._mask, self.parameter)
+
+    @property
+    def _mask(self) -> Tensor | None:
         return self.module._buffers.get(f"{self.name}_mask")
 
     @property
@@ -44,8 +59,30 @@ class Layer(NamedTuple):
     @property
     def unpruned(self) -> int:
         """How many entries the mask keeps, zeros included."""
-        mask = self.mask
-        return self.parameter.numel() if mask is None else int(mask.count_nonzero())
+        return count_unpruned([self], "unpruned")[0]
+
+
+def count_unpruned(layers: Sequence[Layer], caller: str) -> list[int]:
+    """Return how many entries of each layer the masks keep, zeros included.
+
+    Of sharded ones all processes must ask at once.
+    """
+    masks = [layer.mask for layer in layers]
+    counts = iter(count_nonzero([mask for mask in masks if mask is not None], caller))
+    return [layer.parameter.numel() if mask is None else next(counts)
+            for layer, mask in zip(layers, masks)]  # fmt: skip
+
+
+def count_nonzero(tensors: Sequence[Tensor], caller: str) -> list[int]:
+    """Return how many entries of each tensor are not zero; of sharded ones over all processes."""
+    counts = [int(local_of(tensor).count_nonzero()) for tensor in tensors]
+    sharded = [i for i, tensor in enumerate(tensors) if is_sharded(tensor)]
+    processes = processes_of((tensors[i] for i in sharded), caller)
+    if processes is not None:
+        here = [counts[i] * layout_of(tensors[i], False, caller).counts for i in sharded]
+        for i, count in zip(sharded, processes.add(np.array(here, float))):
+            counts[i] = int(count)
+    return counts
 
 
 def pruning_methods(module: nn.Module) -> list[prune.BasePruningMethod]:
@@ -59,9 +96,8 @@ def pruned_tensors(model: nn.Module, caller: str) -> Iterator[Layer]:
 
     Raises:
         RuntimeError: if one has a pruning hook, but no mask or no original.
-        ValueError: if one is sharded.
     """
-    sharded = any(map(_shards, model.modules()))
+    rest_sharded(model.modules())
     for place, module in model.named_modules(remove_duplicate=False):
         for name in (method._tensor_name for method in pruning_methods(module)):
             label = f"{place}.{name}".removeprefix(".")
@@ -70,24 +106,17 @@ def pruned_tensors(model: nn.Module, caller: str) -> Iterator[Layer]:
                     f"{caller}: {label} must have a parameter {name}_orig and a buffer "
                     f"{name}_mask, found not both: build the model again and load its weights."
                 )
-            layer = Layer(label, module, name)
-            refuse_sharded(layer, caller, sharded)
-            yield layer
+            yield Layer(label, module, name)
 
 
-def refuse_sharded(layer: Layer, caller: str, sharded: bool = False) -> None:
-    """Raise if this process holds only a part of a layer, as FSDP leaves it."""
-    if sharded or _shards(layer.module) or type(layer.parameter).__name__ == "DTensor":
-        raise ValueError(
-            f"{caller}: {layer.label} is sharded (a DTensor): prune before fully_shard, which "
-            "keeps the masks. After a sharded training, load its gathered state dict "
-            "(get_model_state_dict with full_state_dict=True) into an unsharded, masked model."
-        )
-
-
-def _shards(module: nn.Module) -> bool:
-    """Tell a module that went through fully_shard, which may hold whole weights for a while."""
-    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)  # slow to import
+def refuse_sharded(tensors: Iterable[tuple[str, Tensor]], caller: str) -> None:
+    """Raise if this process holds only a part of a tensor, given by name, that it needs whole."""
+    for name, tensor in tensors:
+        if is_sharded(tensor):
+            raise ValueError(
+                f"{caller}: {name} is sharded (a DTensor), and the whole is needed: call it "
+                "before fully_shard or a tensor-parallel plan, which keep what it does."
+            )
 
 
 def computed_by(module: nn.Module, name: str) -> tuple[str, str] | None:

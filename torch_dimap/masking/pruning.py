@@ -12,11 +12,14 @@ from torch.nn.utils import prune
 
 from torch_dimap.masking.amounts import amounts_by_group, count_to_prune, warn_of_few
 from torch_dimap.masking.attaching import all_or_nothing, attach, bake
-from torch_dimap.masking.layers import Layer, Pair, pruned_tensors
+from torch_dimap.masking.choice import Chosen, choose_masks, is_empty, unpruned_by_group
+from torch_dimap.masking.layers import Layer, Pair, pruned_tensors, refuse_sharded
 from torch_dimap.masking.method import DimapUnstructured
 from torch_dimap.masking.readers import hold, known_readers, release
+from torch_dimap.masking.sharded import stop_dropping
 from torch_dimap.masking.targets import Scores, check_values, find_layers
-from torch_dimap.selection import check_finite, select
+from torch_dimap.selection import check_finite
+from torch_dimap.sharding import agree, managed_names, processes_of
 from torch_dimap.text import warn_of_empty
 
 
@@ -102,9 +105,9 @@ def global_module_aware_unstructured(
             tensor of a dtype that cannot be ranked.
         ValueError: for an amount out of range, unknown groups, groups without
             weights, a tensor given twice (also under two names), names that are no
-            parameters, weights that are sharded, sparse, quantized or computed from
-            others, weights or scores on the meta device or with NaN or infinity,
-            scores of another shape, missing, or for pairs that are not listed.
+            parameters, weights that are sparse, quantized or computed from others, weights
+            or scores on the meta device or with NaN or infinity, scores of another shape,
+            missing, or for pairs that are not listed.
         RuntimeError: if an earlier pruning of a tensor is incomplete.
 
     Source: He and Zhou, ICLR 2024, Sec. 4.1.
@@ -131,29 +134,39 @@ def prune_layers(
     kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Prune layers that have been checked, by the values to rank them by; return thresholds."""
-    unpruned = {group: sum(x.unpruned for x in layers) for group, layers in groups.items()}
-    makers = _makers(pruning_method, amount, kwargs or {}, unpruned, caller)
-    masks: dict[str, list[Tensor]] = {}
-    thresholds: dict[str, float] = {}
-    for group, layers in groups.items():
-        method = _unstructured(makers[group](), caller)
-        if _ranks_by_dimap(method):
-            count = count_to_prune(method.amount, unpruned[group], f"{caller}: amount")
-            names = [f"{caller}: {layer.label}" for layer in layers]
-            chosen = select(values[group], count, [x.mask for x in layers], names)
-        else:
-            chosen = _choose_flat(method, layers, values[group], caller)
-        masks[group], thresholds[group] = chosen
-    plan = [(x, g, mask) for g, layers in groups.items() for x, mask in zip(layers, masks[g])]
-    empty = [x.label for x, _, mask in plan if mask.numel() and not mask.any()]
+    unpruned = unpruned_by_group(groups, caller)
+    processes = processes_of((x.parameter for of in groups.values() for x in of), caller)
+
+    def plan_methods() -> tuple[tuple, object]:
+        makers = _makers(pruning_method, amount, kwargs or {}, unpruned, caller)
+        methods = {group: _unstructured(maker(), caller) for group, maker in makers.items()}
+        ours = {g: method for g, method in methods.items() if _ranks_by_dimap(method)}
+        counts = {g: count_to_prune(method.amount, unpruned[g], f"{caller}: amount")
+                  for g, method in ours.items()}  # fmt: skip
+        if len(ours) < len(methods):
+            named = [(x.label, x.parameter) for of_group in groups.values() for x in of_group]
+            refuse_sharded(named, f"{caller}: pruning_method is not DimapUnstructured")
+        return (makers, methods, counts), counts
+
+    makers, methods, counts = agree(processes, plan_methods, caller)
+    if len(counts) == len(methods):
+        chosen = choose_masks(groups, values, counts, caller)
+    else:
+        chosen = {g: _choose_flat(methods[g], layers, values[g], caller)
+                  for g, layers in groups.items()}  # fmt: skip
+    plan = [(layer, group, mask) for group, layers in groups.items()
+            for layer, mask in zip(layers, chosen[group].masks)]  # fmt: skip
+    emptied = [flag for g in groups for flag in chosen[g].emptied]
+    empty = [layer.label for (layer, _, _), flag in zip(plan, emptied) if flag]
     warn_of_empty(empty, caller)  # first: where warnings are errors, nothing may change
     readers = known_readers(layer.module for layer, _, _ in plan)
     with all_or_nothing([*(layer.module for layer, _, _ in plan), *readers]):
+        managed = managed_names(layer.module for layer, _, _ in plan)
         for layer, group, mask in plan:
-            attach(layer, makers[group](), mask)
+            attach(layer, makers[group](), mask, managed)
         for reader in readers:
             hold(reader)
-    return thresholds
+    return {group: chosen[group].threshold for group in groups}
 
 
 def remove_all(model: nn.Module) -> nn.Module:
@@ -169,7 +182,6 @@ def remove_all(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: if ``model`` is no module.
-        ValueError: if a pruned tensor is sharded.
         RuntimeError: if a tensor has a pruning hook, but no mask or no original.
     """
     if not isinstance(model, nn.Module):
@@ -179,6 +191,7 @@ def remove_all(model: nn.Module) -> nn.Module:
         bake(layer)
     for module in model.modules():
         release(module)
+        stop_dropping(module)
     return model
 
 
@@ -224,7 +237,7 @@ def _ranks_by_dimap(method: prune.BasePruningMethod) -> TypeGuard[DimapUnstructu
 
 def _choose_flat(
     method: prune.BasePruningMethod, layers: list[Layer], values: list[Tensor], caller: str
-) -> tuple[list[Tensor], float]:
+) -> Chosen:
     """Let any of torch's methods choose among the unpruned values of a group."""
     for layer, own in zip(layers, values):
         check_finite(own, f"{caller}: {layer.label}")
@@ -242,4 +255,5 @@ def _choose_flat(
     for keep, part in zip(allowed, kept.split(sizes)):
         keep[keep.clone()] = part.to(keep.device)
     pruned = flat[~kept].abs()
-    return allowed, float(pruned.max()) if pruned.numel() else 0.0
+    threshold = float(pruned.max()) if pruned.numel() else 0.0
+    return Chosen(allowed, list(map(is_empty, allowed)), threshold)

@@ -8,9 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from torch_dimap.masking.grouping import group_parameters
-from torch_dimap.masking.layers import Layer, Pair, computed_by, pruning_methods, refuse_sharded
+from torch_dimap.masking.layers import Layer, Pair, computed_by, pruning_methods
 from torch_dimap.masking.readers import Place, note_readers, survey
 from torch_dimap.selection import check_finite, check_rankable
+from torch_dimap.sharding import (
+    agree,
+    is_sharded,
+    laid_out,
+    layout_of,
+    local_of,
+    processes_of,
+    rest_sharded,
+)
 from torch_dimap.text import name_some
 
 SINGLE_GROUP = "all"  # what a flat iterable of pairs is called
@@ -79,6 +88,7 @@ def _find_layer(
             f"{caller}: {where} must be a (module, name) pair, found {type(pair).__name__}."
         )
     module, name = pair
+    rest_sharded([module])
     if places is None:
         layer = Layer(f"{where} ({type(module).__name__}.{name})", module, name)
     elif module in places:
@@ -117,7 +127,6 @@ def check_layer(layer: Layer, caller: str) -> None:
             f"{name}_orig, one buffer {name}_mask and one pruning hook, found {hooks} "
             "hooks: build the model again and load its weights."
         )
-    refuse_sharded(layer, caller)
     _check_kind(layer.parameter, f"{caller}: {label}")
 
 
@@ -144,7 +153,9 @@ def _check_unpruned(layer: Layer, caller: str) -> None:
 
 def _check_kind(parameter: nn.Parameter, what: str) -> None:
     """Refuse tensors that are more than a block of numbers, which a mask would not fit."""
-    if hasattr(parameter, "__tensor_flatten__"):  # torch's sign of tensors made of others
+    if is_sharded(parameter):
+        layout_of(parameter, False, what)
+    elif hasattr(parameter, "__tensor_flatten__"):  # torch's sign of tensors made of others
         raise ValueError(
             f"{what} must be stored as plain numbers, found {type(parameter).__name__}: prune the "
             "model and bake it with remove_all before it is quantized or otherwise converted."
@@ -164,7 +175,9 @@ def _refuse_repeats(layers: list[Layer], caller: str) -> None:
         parameter = layer.parameter
         if not parameter.numel():
             continue
-        first = seen.setdefault((parameter.device, parameter.data_ptr()), layer.label)
+        # Of a sharded one a process may hold nothing, and all must find the same.
+        where = id(parameter) if is_sharded(parameter) else parameter.data_ptr()
+        first = seen.setdefault((parameter.device, where), layer.label)
         if first is not layer.label:
             raise ValueError(
                 f"{caller}: {layer.label} is the same tensor as {first}: list it once."
@@ -184,7 +197,23 @@ def refuse_taken_names(layer: Layer, caller: str) -> None:
 def check_values(
     groups: Mapping[str, list[Layer]], importance_scores: Scores | None, caller: str
 ) -> dict[str, list[Tensor]]:
-    """Check that layers can be ranked; return group -> what to rank each layer by."""
+    """Check that layers can be ranked.
+
+    Returns:
+        Group -> what to rank each layer by; of a sharded one the part that is here. Then all
+        processes must make the call, and all raise if one of them does.
+    """
+    layers = [layer for of_group in groups.values() for layer in of_group]
+    processes = processes_of((layer.parameter for layer in layers), caller)
+    call = [(x.label, tuple(x.parameter.shape), str(x.parameter.dtype)) for x in layers]
+    return agree(
+        processes, lambda: (_check_values(groups, importance_scores, caller), call), caller
+    )
+
+
+def _check_values(
+    groups: Mapping[str, list[Layer]], importance_scores: Scores | None, caller: str
+) -> dict[str, list[Tensor]]:
     if importance_scores is not None and not isinstance(importance_scores, Mapping):
         raise TypeError(
             f"{caller}: importance_scores must be a mapping (module, name) -> tensor, "
@@ -214,12 +243,15 @@ def _values(layer: Layer, scores: Scores | None, caller: str) -> Tensor:
     label, module, name = layer
     refuse_taken_names(layer, caller)
     parameter, mask = layer.parameter, layer.mask
+    here = local_of(parameter)
     # Where the weights themselves are ranked, the first reading of them finds what is not finite.
-    (check_rankable if scores is None else check_finite)(parameter, f"{caller}: {label}")
-    if mask is not None and mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(f"{caller}: the mask of {label} must hold 0 and 1 only: binarize it.")
+    (check_rankable if scores is None else check_finite)(here, f"{caller}: {label}")
+    if mask is not None and mask.dtype != torch.bool:
+        own = local_of(mask)
+        if not ((own == 0) | (own == 1)).all():
+            raise ValueError(f"{caller}: the mask of {label} must hold 0 and 1 only: binarize it.")
     if scores is None:
-        return parameter.detach()
+        return here
     if (module, name) not in scores:
         raise ValueError(
             f"{caller}: importance_scores has none for {label}: "
@@ -227,11 +259,13 @@ def _values(layer: Layer, scores: Scores | None, caller: str) -> Tensor:
         )
     values = scores[module, name]
     if values is None:
-        return parameter.detach()
-    check_finite(values, f"{caller}: importance_scores of {label}")
+        return here
+    check_rankable(values, f"{caller}: importance_scores of {label}")
     if values.shape != parameter.shape:
         raise ValueError(
             f"{caller}: importance_scores of {label} must have the shape "
             f"{tuple(parameter.shape)}, found {tuple(values.shape)}."
         )
-    return values.detach().to(parameter.device)
+    own = local_of(laid_out(values, parameter))
+    check_finite(own, f"{caller}: importance_scores of {label}")
+    return own.to(here.device)

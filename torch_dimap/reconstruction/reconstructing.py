@@ -20,6 +20,7 @@ from torch_dimap.masking import (
     hold_masks,
     pruned_tensors,
     pruning_methods,
+    refuse_sharded,
     untouched,
 )
 from torch_dimap.reconstruction.batches import Call, read_batches, to_device
@@ -193,6 +194,7 @@ def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
         listed = [x for layers in find_layers_in(model, groups, CALLER).values() for x in layers]
     else:
         listed = _masked_tensors(model)
+    refuse_sharded([(x.label, x.parameter) for x in listed], CALLER)
     layers = [x for x in listed if x.mask is not None and x.parameter.dim() > 1]
     if not layers:
         raise ValueError(

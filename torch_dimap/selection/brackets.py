@@ -34,19 +34,26 @@ class Sample(NamedTuple):
 
 def take_sample(weight: FlatWeight, wanted: int) -> Sample:
     """Pick entries all over a weight, about ``wanted`` of them, and estimate their scores."""
+    return sample_of(weight, sampled(weight, wanted))
+
+
+def sampled(weight: FlatWeight, wanted: int) -> np.ndarray:
+    """Return the magnitudes of about ``wanted`` entries of a weight, or of its part here."""
     step = max(1, weight.size // wanted)
     while math.gcd(step, max(1, weight.size)) > 1:  # else it might see a few columns only
         step += 1
-    position, spread = 0, torch.empty(0)
+    position, found = 0, [torch.empty(0)]
     for values, chooseable in weight.blocks():
-        if not position:
-            spread = values.new_empty(-(-weight.size // step))
         part = slice(-position % step, None, step)
-        found = magnitude_of(values[part], None if chooseable is None else chooseable[part])
-        first = -(-position // step)
-        spread[first : first + found.numel()] = found
+        found.append(magnitude_of(values[part], None if chooseable is None else chooseable[part]))
         position += values.numel()
-    magnitude = ascending(spread[spread >= 0]).astype(float)
+    spread = torch.cat(found[1:] or found)
+    return ascending(spread[spread >= 0])
+
+
+def sample_of(weight: FlatWeight, magnitude: np.ndarray) -> Sample:
+    """Estimate the scores of magnitudes, in ascending order, picked all over a weight."""
+    magnitude = magnitude.astype(float)
     entries = weight.chooseable / max(1, len(magnitude))
     square = np.square(magnitude * weight.scale)
     # A sample tells well what the small entries hold together, and badly what the
@@ -58,10 +65,15 @@ def take_sample(weight: FlatWeight, wanted: int) -> Sample:
 
 def expected_scores(weight: FlatWeight, magnitude: np.ndarray, energy: np.ndarray) -> np.ndarray:
     """Return the logarithms of the scores of sampled magnitudes, ascending like these."""
+    return np.maximum.accumulate(logarithm_of(magnitude, energy, weight.scale))
+
+
+def logarithm_of(magnitude: np.ndarray, energy: np.ndarray, scale: float) -> np.ndarray:
+    """Return the binary logarithms of scores: squares of scaled magnitudes over energies."""
     with np.errstate(divide="ignore"):  # of zeros
-        score = 2 * (np.log2(magnitude) + math.log2(weight.scale))
+        score = 2 * (np.log2(magnitude, dtype=float) + np.log2(scale))
     score -= np.log2(np.maximum(energy, np.finfo(float).tiny))
-    return np.maximum.accumulate(score)
+    return score
 
 
 def guess_threshold(samples: list[Sample], count: int) -> float:

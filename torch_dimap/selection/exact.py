@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from torch_dimap.selection.reading import FlatWeight, greater, magnitude_of, pick
+from torch_dimap.selection.reading import Blocks, greater, magnitude_of, pick
 from torch_dimap.selection.runs import Runs
 
 BAND = 256  # binary orders of magnitude whose squares float64 holds together
@@ -18,24 +19,22 @@ SPLIT = 2.0**27 + 1  # Dekker's: what splits 53 bits into twice 26
 
 
 def share_exactly(
-    weights: Sequence[FlatWeight],
     found: Sequence[Runs],
     sure: Sequence[int],
     open_: Sequence[int],
     count: int,
+    energies: Mapping[int, Fraction],
 ) -> list[int]:
-    """Share ``count`` out among the weights, lowest scores first.
+    """Share ``count`` out among the weights of a group, lowest scores first.
 
     Args:
-        weights: those of one group.
-        found: their candidates.
+        found: the candidates of each weight.
         sure: how many of these, the lowest, go anyway.
         open_: how many of the next ones there is to choose from.
         count: how many of the latter go.
+        energies: the exact energy above the highest of these, for each weight with any.
     """
-    ranks = {
-        i: _Reciprocals(weights[i], found[i], sure[i] + n) for i, n in enumerate(open_) if n
-    }
+    ranks = {i: _Reciprocals(found[i], sure[i] + n, energies[i]) for i, n in enumerate(open_) if n}
 
     def removal(i: int, n: int) -> tuple:
         """Return what sorts the open candidates of all weights, each the n-th of its own."""
@@ -60,17 +59,30 @@ def share_exactly(
             lows = going
         else:
             highs = going
-    return [lows.get(i, 0) for i in range(len(weights))]
+    return [lows.get(i, 0) for i in range(len(found))]
+
+
+def exact_score(runs: Runs, n: int, energy: Fraction) -> float:
+    """Return the score of the n-th lowest candidate, from 1, rounded once.
+
+    Args:
+        runs: the candidates of a weight.
+        n: which of them.
+        energy: the exact energy above its magnitude.
+    """
+    reciprocal = _Reciprocals(runs, n, energy).of(n)
+    return 0.0 if reciprocal == math.inf else float(1 / Fraction(reciprocal))
 
 
 class _Reciprocals:
     """One over the exact scores of a weight's candidates, which is what they add up to."""
 
-    def __init__(self, weight: FlatWeight, runs: Runs, entries: int) -> None:
-        """Prepare for the ``entries`` lowest candidates."""
-        self.weight, self.runs = weight, runs
-        self.highest = runs.run_of(entries)[0]
-        self.energies: dict[int, Fraction] = {}  # above a run
+    def __init__(self, runs: Runs, entries: int, energy: Fraction) -> None:
+        """Prepare for the ``entries`` lowest candidates, with the energy above the last."""
+        self.runs = runs
+        run, _, _ = runs.run_of(entries)
+        last = int(np.searchsorted(runs.magnitude, runs.magnitude[run], "right")) - 1
+        self.energies = {last: energy}  # above a run
 
     def of(self, n: int) -> Fraction | float:
         """Return one over the score of the n-th lowest, from 1."""
@@ -80,10 +92,6 @@ class _Reciprocals:
 
     def _energy(self, run: int) -> Fraction:
         magnitude, ends = self.runs.magnitude, self.runs.ends
-        if not self.energies:
-            value = magnitude[self.highest]
-            equal = int(np.searchsorted(magnitude, value, "right")) - 1  # the last of them
-            self.energies[equal] = exact_energy(self.weight, float(value))
         known = min(place for place in self.energies if place >= run)
         values = magnitude[run + 1 : known + 1]
         if ends is None:
@@ -95,21 +103,23 @@ class _Reciprocals:
         return self.energies[run]
 
 
-def exact_energy(weight: FlatWeight, above: float) -> Fraction:
+def exact_energy(blocks: Blocks, above: float) -> Fraction:
     """Sum the unscaled squares of all magnitudes greater than ``above``, without rounding."""
     energy = Fraction(0)
-    for block in weight.blocks():
+    for block in blocks():
         magnitude = magnitude_of(*block)
         inside = pick(magnitude, greater(magnitude, above))
-        exact = inside if inside.dtype == torch.float64 else inside.float()
-        energy += sum_of_squares(exact.cpu().numpy())
+        if inside.dtype == torch.float64:
+            energy += sum_of_squares(inside.cpu().numpy())
+        else:
+            energy += _sum(inside.double().square_())
     return energy
 
 
 def sum_of_squares(values: np.ndarray) -> Fraction:
     """Sum the squares of a float32 or float64 vector without rounding."""
     if values.dtype != np.float64:  # the squares need no more than 48 bits
-        return _sum(np.square(values, dtype=np.float64))
+        return _sum(torch.from_numpy(np.square(values, dtype=np.float64)))
     energy = Fraction(0)
     bands = np.frexp(values)[1] // BAND
     for band in range(bands.min(initial=0), bands.max(initial=0) + 1):
@@ -118,18 +128,18 @@ def sum_of_squares(values: np.ndarray) -> Fraction:
         high = wide - (wide - part)
         low = part - high
         terms = (high * high, 2 * high * low, low * low)
-        energy += sum(map(_sum, terms)) * Fraction(2) ** (2 * BAND * band)
+        energy += sum(_sum(torch.from_numpy(x)) for x in terms) * Fraction(2) ** (2 * BAND * band)
     return energy
 
 
-def _sum(values: np.ndarray) -> Fraction:
+def _sum(values: Tensor) -> Fraction:
     """Sum a float64 vector without rounding, from the leading bits of all entries down."""
     result = Fraction(0)
-    while len(values) and (largest := np.abs(values).max()):
+    while values.numel() and (largest := float(values.abs().max())):
         # Added to this, each entry is rounded to a multiple of one unit, of which the
         # sum of all is less than 2^53.
-        unit = 2.0 ** (math.frexp(largest)[1] + len(values).bit_length())
-        leading = (values + unit) - unit
-        result += Fraction(leading.sum())
+        unit = 2.0 ** (math.frexp(largest)[1] + values.numel().bit_length())
+        leading = (values + unit).sub_(unit)
+        result += Fraction(float(leading.sum()))
         values = values - leading
     return result

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_dimap.sharding import is_sharded, layout_of, spread, whole_of
+
 RANKABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Squares of magnitudes scaled to at most 1 can neither overflow nor lose their
@@ -37,7 +39,8 @@ def dimap_scores(weight: Tensor) -> Tensor:
 
     Args:
         weight: one layer's weight, any shape and strides, a floating-point dtype,
-            finite. It is only read.
+            finite. It is only read. A sharded one is gathered for it, so all processes
+            must make the call; the scores are laid out as it is.
 
     Returns:
         The scores, float64, of the shape and on the device of ``weight``.
@@ -54,6 +57,9 @@ def dimap_scores(weight: Tensor) -> Tensor:
         tensor([[1.0000, 0.1111],
                 [0.0000, 0.5000]], dtype=torch.float64)
     """
+    if is_sharded(weight):
+        scores = dimap_scores(whole_of(weight))
+        return spread(layout_of(weight, False, "dimap_scores(): weight").part_of(scores), weight)
     check_finite(weight, "dimap_scores(): weight")
     magnitude = weight.detach().reshape(-1).to(torch.float64).abs()
     if magnitude.numel() == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import NamedTuple
 
@@ -50,9 +50,35 @@ def blocks_of(weight: Tensor, mask: Tensor | None) -> Blocks:
     return lambda: zip(parts, allowed)
 
 
+class Reading(NamedTuple):
+    """What a first reading tells about a weight, or about a part of it."""
+
+    size: int
+    chooseable: int
+    scale: float  # infinite where nothing may go
+    energy: float  # sum of squares of scale * weight; NaN or infinite where the weight is
+
+
 def read_weight(blocks: Blocks, what: str) -> FlatWeight:
     """Count a weight's entries and sum their squares; raise unless all are finite."""
-    scale = _scale(blocks)
+    return weight_of(blocks, [read_part(blocks)], what)
+
+
+def weight_of(blocks: Blocks, readings: Sequence[Reading], what: str) -> FlatWeight:
+    """Join what was read of all parts of a weight; raise unless all entries are finite."""
+    scale = min(x.scale for x in readings)
+    scale = 1.0 if math.isinf(scale) else scale
+    energy = math.fsum(x.energy * (scale / x.scale) ** 2 for x in readings)
+    if not math.isfinite(energy):
+        raise no_rank(what)
+    size, chooseable = sum(x.size for x in readings), sum(x.chooseable for x in readings)
+    return FlatWeight(blocks, size, chooseable, scale, energy)
+
+
+def read_part(blocks: Blocks) -> Reading:
+    """Count the entries that are here, and sum their squares."""
+    found = _scale(blocks)
+    scale = 1.0 if math.isinf(found) else found
     size, chooseable, energies, others = 0, [], [], []
     for weight, allowed in blocks():
         size += weight.numel()
@@ -61,10 +87,8 @@ def read_weight(blocks: Blocks, what: str) -> FlatWeight:
             others.append(_zero_if_finite(weight))
             weight = torch.where(allowed, weight, 0.0)
         energies.append(_energy(weight, scale))
-    energy = total(energies)
-    if not math.isfinite(energy + total(others)):
-        raise no_rank(what)
-    return FlatWeight(blocks, size, int(total(chooseable)) if chooseable else size, scale, energy)
+    energy = total(energies) + total(others)
+    return Reading(size, int(total(chooseable)) if chooseable else size, found, energy)
 
 
 def _scale(blocks: Blocks) -> float:
@@ -75,7 +99,8 @@ def _scale(blocks: Blocks) -> float:
             return 1.0
         if weight.numel():
             largest.append(magnitude_of(weight, allowed).max())
-    return unit_scale(torch.stack(largest).max()).item() if largest else 1.0
+    top = torch.stack(largest).max() if largest else torch.tensor(-1.0)
+    return unit_scale(top).item() if top >= 0 else math.inf
 
 
 def _zero_if_finite(weight: Tensor) -> Tensor | float:

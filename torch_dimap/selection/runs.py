@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torch_dimap.selection.brackets import Limits
+from torch_dimap.selection.brackets import Limits, logarithm_of
 from torch_dimap.selection.cuts import Cut
 from torch_dimap.selection.reading import (
     FlatWeight,
@@ -65,9 +66,34 @@ class Runs(NamedTuple):
         length = int(self.ends[run]) - before
         return before + length - math.ceil(min(staying, length))
 
+    def score_of(self, n: int) -> float:
+        """Return the binary logarithm of the score of the n-th lowest entry, from 1."""
+        run, before, length = self.run_of(n)
+        first, earlier = float(self.score[run]), before + length - n
+        return first - math.log2(1 + earlier * 2.0**first) if first > -math.inf else first
+
+
+class Inside(NamedTuple):
+    """What one reading finds between two magnitudes, and how much above them."""
+
+    values: np.ndarray  # ascending
+    counts: np.ndarray | None  # how often each occurs; None: each stands for one
+    above: int
+    energy: float  # above
+    longest: int  # block that was read
+
+    @property
+    def entries(self) -> int:
+        return len(self.values) if self.counts is None else int(self.counts.sum())
+
 
 def find_runs(weight: FlatWeight, limits: Limits) -> Runs:
     """Read a weight for the entries between two magnitudes, and the energy above them."""
+    return as_runs(weight, read_inside(weight, limits))
+
+
+def read_inside(weight: FlatWeight, limits: Limits) -> Inside:
+    """Read a weight, or the part of it that is here, between two magnitudes."""
     low, high = limits
     above, energies, collected, longest = [], [], _Inside(), 0
     for block in weight.blocks():
@@ -80,21 +106,28 @@ def find_runs(weight: FlatWeight, limits: Limits) -> Runs:
             energies.append(energy_above(magnitude, high, weight.scale))
             inside.logical_xor_(over)
         collected.add(pick(magnitude, inside))
-    found, counts = collected.ascending()
+    return Inside(*collected.ascending(), int(total(above)), total(energies), longest)
+
+
+def as_runs(weight: FlatWeight, inside: Inside, additions: int = 0) -> Runs:
+    """Score what lies inside.
+
+    Args:
+        weight: the whole one.
+        inside: what was found in all of it.
+        additions: how many sums were added up to the energy above.
+    """
+    found, counts = inside.values, inside.counts
     square = np.square(found * weight.scale, dtype=float)
-    energy = _energy_of_first(square, counts)
-    energy += total(energies)
-    with np.errstate(divide="ignore"):  # of zeros
-        score = 2 * (np.log2(found, dtype=float) + np.log2(weight.scale))
-    score -= np.log2(np.maximum(energy, np.finfo(float).tiny))
+    energy = energy_of_first(square, counts)
+    energy += inside.energy
+    score = logarithm_of(found, energy, weight.scale)
     ends = None if counts is None else counts.cumsum()
-    entries = len(found) if ends is None else int(ends[-1])
-    n_above = int(total(above))
-    below = weight.chooseable - entries - n_above
+    below = weight.chooseable - inside.entries - inside.above
     # A sum of n positive terms, in any order, errs by less than n units in the last place:
     # n is a block, or a row and the number of rows; the rest is square, quotient and joining.
-    error = (longest + ROW + 2 * len(found) // ROW + 16) * 2.0**-52
-    return Runs(found, ends, energy, score, entries, below, n_above, error)
+    error = (inside.longest + ROW + 2 * len(found) // ROW + 16 + additions) * 2.0**-52
+    return Runs(found, ends, energy, score, inside.entries, below, inside.above, error)
 
 
 class _Inside:
@@ -110,7 +143,7 @@ class _Inside:
         self.held += magnitude.numel()
         if self.held > self.limit:
             values = ascending(torch.cat(self.loose))
-            distinct, counts = _merge(values)
+            distinct, counts = distinct_of(values)
             if 2 * len(distinct) > len(values):
                 self.loose = [torch.from_numpy(values).to(magnitude.device)]
             else:
@@ -120,10 +153,7 @@ class _Inside:
 
     def _join(self, distinct: np.ndarray, counts: np.ndarray) -> None:
         if self.merged is not None:
-            values = np.concatenate([self.merged[0], distinct])
-            both = np.concatenate([self.merged[1], counts])
-            distinct, place = np.unique(values, return_inverse=True)
-            counts = np.bincount(place, both, len(distinct)).astype(np.int64)
+            distinct, counts = merge([self.merged, (distinct, counts)])
         self.merged = distinct, counts
 
     def ascending(self) -> tuple[np.ndarray, np.ndarray | None]:
@@ -131,17 +161,24 @@ class _Inside:
         values = ascending(torch.cat(self.loose)) if self.loose else np.empty(0)
         if self.merged is None:
             return values, None
-        self._join(*_merge(values))
+        self._join(*distinct_of(values))
         return self.merged
 
 
-def _merge(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def merge(found: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Join distinct magnitudes from several places, and how often each occurs."""
+    values, counts = (np.concatenate(x) for x in zip(*found))
+    distinct, place = np.unique(values, return_inverse=True)
+    return distinct, np.bincount(place, counts, len(distinct)).astype(np.int64)
+
+
+def distinct_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the distinct ones of sorted values, and how often each occurs."""
     starts = np.flatnonzero(np.append(True, values[1:] != values[:-1])[: len(values)])
     return values[starts], np.diff(starts, append=len(values))
 
 
-def _energy_of_first(square: np.ndarray, counts: np.ndarray | None) -> np.ndarray:
+def energy_of_first(square: np.ndarray, counts: np.ndarray | None) -> np.ndarray:
     """Return for each run the sum of all squares from the largest down to its first entry."""
     if counts is None:
         return _running_sum(square[::-1])[::-1].copy()
@@ -159,20 +196,14 @@ def _running_sum(values: np.ndarray) -> np.ndarray:
     return sums[: len(values)]
 
 
-def cut_runs(weight: FlatWeight, runs: Runs, going: int) -> tuple[Cut, float]:
-    """Cut a weight so that its ``going`` lowest candidates, and all below, go.
-
-    Returns:
-        The cut, and the highest score that goes.
-    """
+def cut_runs(weight: FlatWeight, runs: Runs, going: int) -> Cut:
+    """Cut a weight so that its ``going`` lowest candidates, and all below, go."""
     kept = weight.chooseable - runs.below - going
     if going == 0:
-        return Cut(-1.0, 0, kept), 0.0
+        return Cut(-1.0, 0, kept)
     run, before, length = runs.run_of(going)
     magnitude = float(runs.magnitude[run])
     earlier = before + length - going
-    square = (magnitude * weight.scale) ** 2
-    score = square / (runs.energy[run] + earlier * square) if square else 0.0
     if runs.ends is None:
         earlier = int(np.searchsorted(runs.magnitude, magnitude, "right")) - going
-    return Cut(magnitude, earlier, kept), float(score)
+    return Cut(magnitude, earlier, kept)

@@ -13,8 +13,8 @@ a few times, in blocks that stay in cache:
 The candidates of all weights are compared and the lowest of them chosen. A sample can
 mislead: every weight must end with its cut strictly inside its bracket, or the bracket
 is widened and the step repeated. Scores that float64 cannot tell apart are compared in
-exact rational arithmetic. The result is therefore that of exact arithmetic, whatever the
-block size, the number of threads or the device.
+exact rational arithmetic, and so is the threshold. The result is therefore that of exact
+arithmetic, whatever the block size, the number of threads or the device.
 
 Order of removal: lower scores first; among equal scores the later weight first; among
 equal magnitudes of one weight the later entry, in row-major order, first.
@@ -28,8 +28,9 @@ them over their square.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import compress, repeat
 
 from torch import Tensor
@@ -44,8 +45,9 @@ from torch_dimap.selection.brackets import (
     guess_threshold,
     take_sample,
 )
-from torch_dimap.selection.choosing import choose
+from torch_dimap.selection.choosing import choose, highest, threshold_of
 from torch_dimap.selection.cuts import Cut, mask_of
+from torch_dimap.selection.exact import exact_energy
 from torch_dimap.selection.reading import CPU_BLOCK, FlatWeight, blocks_of, read_weight
 from torch_dimap.selection.runs import Runs, cut_runs, find_runs
 from torch_dimap.selection.threads import Map, threaded_map
@@ -160,7 +162,8 @@ def finish(searches: list[Search], count: int, map_: Map) -> tuple[list[Cut], fl
         found = [search.found for search in searches if search.found is not None]
         inside = count - sum(runs.below for runs in found)
         if 0 < inside <= sum(runs.entries for runs in found):
-            chosen = choose([search.weight for search in searches], found, inside)
+            choice = choose(found, inside)
+            chosen = choice.settle(_energies(searches, choice.unsettled(), map_))
             # The cut must lie between two candidates, or what was not looked at
             # below or above the bracket might belong on the other side of it.
             missed = [
@@ -169,11 +172,20 @@ def finish(searches: list[Search], count: int, map_: Map) -> tuple[list[Cut], fl
             ]
             if not any(missed):
                 cuts = [cut_runs(x.weight, r, n) for x, r, n in zip(searches, found, chosen)]
-                return [cut for cut, _ in cuts], max(score for _, score in cuts)
+                energies = _energies(searches, highest(found, chosen), map_)
+                return cuts, threshold_of(found, chosen, energies)
         else:
             missed = [runs.below + runs.above > 0 for runs in found]
         for search in compress(searches, missed):
             search.widen(threshold)
+
+
+def _energies(
+    searches: list[Search], above: Mapping[int, float], map_: Map
+) -> dict[int, Fraction]:
+    """Return the exact energies of weights above magnitudes."""
+    blocks = [searches[i].weight.blocks for i in above]
+    return dict(zip(above, map_(exact_energy, blocks, above.values())))
 
 
 def aim_all(searches: Sequence[Search], count: int) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_dimap.selection import Blocks, blocks_of
+from torch_dimap.sharding import local_of
 from torch_dimap.storage.headers import Kind
 from torch_dimap.storage.packing import bits_of, zeroed
 
@@ -34,12 +35,13 @@ class Entry(NamedTuple):
     memory: object = None
 
 
-def entry_of(tensor: Tensor) -> Entry:
-    """Make an entry of a tensor in memory, on any device."""
+def entry_of(tensor: Tensor, read: Callable[[], Tensor] | None = None) -> Entry:
+    """Make an entry of a tensor in memory, on any device; of a sharded one with what reads it."""
     kind = Kind(tensor.dtype, tuple(tensor.shape))
-    place = (tensor.device, tensor.data_ptr(), kind, tensor.stride())
-    memory = place if kind.size else None
-    return Entry(kind, lambda: blocks_of(tensor.cpu(), None)(), memory=memory)
+    own = local_of(tensor)
+    place = (tensor.device, own.data_ptr(), kind, tensor.stride())
+    memory = place if own.numel() else None
+    return Entry(kind, lambda: blocks_of((read() if read else tensor).cpu(), None)(), memory=memory)
 
 
 def masked(values: Entry, mask: Entry) -> Entry:

@@ -16,6 +16,7 @@ from torch_dimap.masking import (
     check_values,
     hold,
     known_readers,
+    refuse_sharded,
 )
 from torch_dimap.selection import check_finite
 from torch_dimap.units.description import Part, UnitLayer
@@ -57,6 +58,7 @@ def maskable_parts(
     layers = {group: [layer for layer, *_ in held] for group, held in parts.items()}
     for layer in (layer for group in layers.values() for layer in group):
         check_layer(layer, caller)
+        refuse_sharded([(layer.label, layer.parameter)], caller)
         check_finite(layer.parameter, f"{caller}: {layer.label}")
     check_values(layers, None, caller)
     return parts

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from torch_dimap.families import slim_class
-from torch_dimap.masking import Layer, bake, known_readers, pruned_tensors, pruning_methods, release
+from torch_dimap.masking import (
+    Layer,
+    bake,
+    known_readers,
+    pruned_tensors,
+    pruning_methods,
+    refuse_sharded,
+    release,
+)
 from torch_dimap.text import name_some
 from torch_dimap.units.counts import note_cut
 from torch_dimap.units.description import Part, UnitLayer
@@ -73,6 +81,7 @@ def remove_units(model: nn.Module, rule: UnitRule | None = None) -> nn.Module:
         )
     layers = describe_units(model, rule, CALL)
     deque(pruned_tensors(model, CALL), maxlen=0)  # all are sound, or nothing changes
+    refuse_sharded([(x.name, part.tensor) for x in layers for part in x.parts], CALL)
     keeps = {x: keep for x in layers if not (keep := x.staying(x.alive())).all()}
     obstacles = [f"{layer.name} ({layer.obstacle})" for layer in keeps if layer.obstacle]
     if obstacles:

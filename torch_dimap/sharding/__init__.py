@@ -1,0 +1,36 @@
+"""Who holds which part of a sharded weight, and how do those processes agree?"""
+
+from torch_dimap.sharding.fsdp import gathered, gathers, managed_names, rename, rest_sharded
+from torch_dimap.sharding.layout import (
+    Layout,
+    is_sharded,
+    laid_out,
+    layout_of,
+    local_of,
+    part_like,
+    spread,
+    whole_of,
+)
+from torch_dimap.sharding.lending import Whole, lend_to_first
+from torch_dimap.sharding.processes import Processes, agree, processes_of
+
+__all__ = [
+    "Layout",
+    "Processes",
+    "Whole",
+    "agree",
+    "gathered",
+    "gathers",
+    "is_sharded",
+    "laid_out",
+    "layout_of",
+    "lend_to_first",
+    "local_of",
+    "managed_names",
+    "part_like",
+    "processes_of",
+    "rename",
+    "rest_sharded",
+    "spread",
+    "whole_of",
+]

@@ -1,0 +1,106 @@
+"""What ``fully_shard`` knows of a model's parameters: the one file that looks inside of it.
+
+It registers the shards of a parameter, or the gathered whole, on its module under the name that
+the parameter had. A mask gives it another one, ``weight_orig``, which must be told there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torch_dimap.sharding.layout import is_sharded, spread
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def rest_sharded(modules: Iterable[nn.Module]) -> None:
+    """Have the parameters of modules sharded again where a forward has left them gathered."""
+    wanted = set(modules)
+    for state in _states():
+        held = {info.module for info in _infos(state)}
+        if held & wanted:
+            for module in state._modules:
+                module.reshard()
+
+
+def managed_names(modules: Iterable[nn.Module]) -> dict[tuple[nn.Module, str], Any]:
+    """Return by module and name what must be told when a parameter is renamed."""
+    wanted = set(modules)
+    return {
+        (info.module, info.param_name): info
+        for state in _states()
+        for info in _infos(state)
+        if info.module in wanted
+    }
+
+
+def rename(
+    managed: Mapping[tuple[nn.Module, str], Any], module: nn.Module, old: str, new: str
+) -> None:
+    """Tell ``fully_shard`` the new name of a parameter, if it is among those that it manages."""
+    info = managed.get((module, old))
+    if info is not None:
+        info.param_name = new
+
+
+def gathers(hook: Any) -> bool:
+    """Tell the hooks by which ``fully_shard`` gathers for a forward, and lets go after it."""
+    return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"
+
+
+def gathered(mask: DTensor, like: Tensor) -> Tensor:
+    """Return of a sharded mask what ``fully_shard`` has gathered of its weight.
+
+    Args:
+        mask: laid out as the weight while that is sharded.
+        like: the weight as it is in a forward: whole, or what a tensor-parallel plan leaves.
+    """
+    whole = like.to_local() if is_sharded(like) else like
+    kept = like.device_mesh.mesh_dim_names if is_sharded(like) else ()
+    part = mask.to_local().to(whole.device)
+    names = mask.device_mesh.mesh_dim_names
+    for i, placement in enumerate(mask.placements):
+        dimension = getattr(placement, "dim", None)  # none where it is replicated
+        if dimension is not None and not (names and kept and names[i] in kept):
+            part = _gather(part, dimension, whole.shape[dimension], mask.device_mesh, i)
+    return spread(part, like) if is_sharded(like) else part
+
+
+def _gather(part: Tensor, dimension: int, size: int, mesh: Any, i: int) -> Tensor:
+    """Join the parts of all processes along one dimension of a mesh."""
+    length = -(-size // mesh.size(i))  # of a part, but for the last ones
+    own = part.movedim(dimension, 0)
+    padded = own.new_zeros((length, *own.shape[1:]))
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in range(mesh.size(i))]
+    dist.all_gather(parts, padded, group=mesh.get_group(i))
+    return torch.cat(parts)[:size].movedim(0, dimension)
+
+
+def _states() -> Iterator[Any]:
+    """Yield what ``fully_shard`` keeps of the modules it was called on."""
+    composable = sys.modules.get("torch.distributed._composable_state")
+    references = getattr(composable, "_module_state_mapping", {})
+    seen = set()
+    for reference in list(references.values()):
+        state = reference() if callable(reference) else reference
+        if id(state) not in seen and type(state).__name__ == "FSDPState":
+            seen.add(id(state))
+            yield state
+
+
+def _infos(state: Any) -> Iterator[Any]:
+    """Yield where the parameters that a state manages are registered: modules and names."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # torch before 2.11
+        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
+    for group in groups:
+        for parameter in group.fsdp_params:
+            yield parameter._module_info

@@ -1,0 +1,208 @@
+"""How processes that share a model's weights tell one another what they have read."""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torch_dimap.sharding.layout import is_sharded
+
+T = TypeVar("T")
+P = TypeVar("P", bound=tuple)
+
+
+class Processes:
+    """Those that hold parts of the same tensors. All must make the same calls, in order.
+
+    Nothing is kept between calls. What one process raises between two of them the others do
+    not see: they wait until torch's own time limit, or the end of that process, tells them.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], device: str) -> None:
+        self._group = _group(ranks)
+        self._first = ranks[0]
+        self._device = device
+        self.processes = len(ranks)
+        self.rank = ranks.index(dist.get_rank())
+
+    def add(self, numbers: np.ndarray) -> np.ndarray:
+        """Sum vectors of float64 over all processes."""
+        return self._reduce(numbers, dist.ReduceOp.SUM)
+
+    def least(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the least of each float64 over all processes."""
+        return self._reduce(numbers, dist.ReduceOp.MIN)
+
+    def gather(self, parts: Sequence[P]) -> list[list[P]]:
+        """Return for each place in the list what every process has put there.
+
+        Args:
+            parts: named tuples of numbers, values and counts (an array, or None).
+        """
+        told = [_unpacked(data) for data in self._gather_bytes(_packed(parts))]
+        return [[type(own)(*part) for part in of_all] for own, *of_all in zip(parts, *told)]
+
+    def gather_object(self, value: Any) -> list[Any]:
+        """Return what every process has given, in their order."""
+        return [pickle.loads(data) for data in self._gather_bytes(pickle.dumps(value))]
+
+    def gather_to_first(self, own: Tensor) -> list[Tensor]:
+        """Hand a vector of each process, of any length, to the first; the others get nothing."""
+        sizes = self.gather_object(own.numel())
+        padded = torch.zeros(max(sizes), dtype=own.dtype, device=self._device)
+        padded[: own.numel()] = own
+        parts = None if self.rank else [torch.empty_like(padded) for _ in sizes]
+        dist.gather(padded, parts, self._first, self._group)
+        return [part[:size].cpu() for part, size in zip(parts or (), sizes)]
+
+    def _reduce(self, numbers: np.ndarray, operation: Any) -> np.ndarray:
+        own = torch.from_numpy(np.array(numbers, np.float64)).to(self._device)
+        dist.all_reduce(own, operation, group=self._group)  # the same bits in every process
+        return own.cpu().numpy()
+
+    def _gather_bytes(self, data: bytes) -> list[bytes]:
+        own = torch.tensor([len(data)], device=self._device)
+        sizes = [int(size) for size in self._gather(own)]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        told = self._gather(padded.to(self._device))
+        return [x[:size].cpu().numpy().tobytes() for x, size in zip(told, sizes)]
+
+    def _gather(self, own: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(own) for _ in range(self.processes)]
+        dist.all_gather(parts, own, group=self._group)
+        return parts
+
+
+def agree(
+    processes: Processes | None, check: Callable[[], tuple[T, object]], caller: str
+) -> T:
+    """Make a check in every process; what fails in one of them fails in all, in the same words.
+
+    Args:
+        processes: those that make the call; None for this one alone.
+        check: looks at what is here. Returns what it finds, and what must be the same everywhere,
+            anything that can be pickled.
+        caller: the function that was called, for messages.
+
+    Returns:
+        What ``check`` finds here.
+
+    Raises:
+        ValueError: if the processes were asked for different things.
+    """
+    if processes is None:
+        return check()[0]
+    result, asked, error = None, b"", None
+    try:
+        result, call = check()
+        asked = hashlib.sha256(pickle.dumps(call)).digest()
+    except Exception as raised:
+        error = raised
+    told = processes.gather_object((asked, error and (type(error).__name__, str(error))))
+    for _, failure in told:
+        if failure is not None:
+            raise getattr(builtins, failure[0], RuntimeError)(failure[1]) from error
+    different = [i for i, (other, _) in enumerate(told) if other != told[0][0]]
+    if different:
+        raise ValueError(
+            f"{caller}: all processes must make the same call on the same model, found another "
+            f"one in process {different[0]} than in the first: call it alike everywhere."
+        )
+    return result  # type: ignore[return-value]
+
+
+def processes_of(tensors: Iterable[Tensor], caller: str) -> Processes | None:
+    """Return those that hold parts of the tensors; None if no tensor is sharded.
+
+    Args:
+        tensors: parameters or masks.
+        caller: the function that was called, for messages.
+
+    Raises:
+        ValueError: if the tensors are spread over different processes.
+    """
+    meshes = {tensor.device_mesh for tensor in tensors if is_sharded(tensor)}
+    ranks = {tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in meshes}
+    if len(ranks) > 1:
+        numbers = ", ".join(str(list(x[:4])) for x in sorted(ranks)[:2])
+        raise ValueError(
+            f"{caller}: all weights must be spread over the same processes, found some on the "
+            f"ranks {numbers}: prune those of each mesh in a call of their own."
+        )
+    if not ranks:
+        return None
+    return Processes(ranks.pop(), next(iter(meshes)).device_type)
+
+
+@lru_cache(maxsize=None)
+def _group(ranks: tuple[int, ...]) -> Any:
+    """Return torch's group of ranks: that of all, or one that is made once."""
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    return dist.new_group(list(ranks), use_local_synchronization=True)
+
+
+def _packed(parts: Sequence[tuple]) -> bytes:
+    """Join parts to a few long strings: most of them hold little where processes are many."""
+    numbers, values, counts = zip(*parts)
+    return pickle.dumps((numbers, [len(x) for x in values], _joined(values), _joined(counts)))
+
+
+def _unpacked(data: bytes) -> list[tuple]:
+    numbers, lengths, values, counts = pickle.loads(data)
+    return list(zip(numbers, _parted(lengths, *values), _parted(lengths, *counts)))
+
+
+def _joined(arrays: Sequence[np.ndarray | None]) -> tuple[bytes, bytes]:
+    """Return a letter for each array's dtype, and all of their bytes."""
+    found = [("-", b"") if x is None else _narrowest(x) for x in arrays]
+    return "".join(letter for letter, _ in found).encode(), b"".join(data for _, data in found)
+
+
+def _parted(lengths: Sequence[int], letters: bytes, data: bytes) -> list[np.ndarray | None]:
+    found: list[np.ndarray | None] = []
+    start = 0
+    for letter, length in zip(letters.decode(), lengths):
+        if letter == "-":
+            found.append(None)
+            continue
+        sent, wide = _LETTERS[letter]
+        values = np.frombuffer(data, sent, length, start)
+        start += values.nbytes
+        if letter == "b":  # the upper half of a float32
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        found.append(values.astype(wide, copy=False))
+    return found
+
+
+# How numbers travel, and what they are at the other end.
+_LETTERS = {
+    "b": (np.uint16, np.float32), "e": (np.float16, np.float32), "f": (np.float32, np.float32),
+    "d": (np.float64, np.float64), "i": (np.int32, np.int64), "l": (np.int64, np.int64),
+    "B": (np.uint8, np.uint8),
+}  # fmt: skip
+
+
+def _narrowest(values: np.ndarray) -> tuple[str, bytes]:
+    """Return the shortest dtype that holds an array's values, and its bytes."""
+    if values.dtype == np.float32:
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        if not (bits & 0xFFFF).any():
+            return "b", (bits >> 16).astype(np.uint16).tobytes()
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if (half == values).all():
+            return "e", half.tobytes()
+    if values.dtype == np.int64 and values.max(initial=0) < 1 << 31:
+        return "i", values.astype(np.int32).tobytes()
+    return np.dtype(values.dtype).char, values.tobytes()
