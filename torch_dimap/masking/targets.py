@@ -71,7 +71,11 @@ def find_layers(
         groups[group] = [
             _find_layer(pair, f"{where}[{i}]", caller, places) for i, pair in enumerate(pairs)
         ]
-    _refuse_repeats([layer for layers in groups.values() for layer in layers], caller)
+    layers = [layer for of_group in groups.values() for layer in of_group]
+    rest_sharded(layer.module for layer in layers)
+    for layer in layers:
+        check_layer(layer, caller)
+    _refuse_repeats(layers, caller)
     return groups
 
 
@@ -88,18 +92,14 @@ def _find_layer(
             f"{caller}: {where} must be a (module, name) pair, found {type(pair).__name__}."
         )
     module, name = pair
-    rest_sharded([module])
     if places is None:
-        layer = Layer(f"{where} ({type(module).__name__}.{name})", module, name)
-    elif module in places:
-        layer = Layer(f"{places[module].name}.{name}".removeprefix("."), module, name)
-    else:
+        return Layer(f"{where} ({type(module).__name__}.{name})", module, name)
+    if module not in places:
         raise ValueError(
             f"{caller}: {where} lists a {type(module).__name__} that is no part of the model: "
             "group the parameters of this very model."
         )
-    check_layer(layer, caller)
-    return layer
+    return Layer(f"{places[module].name}.{name}".removeprefix("."), module, name)
 
 
 def check_layer(layer: Layer, caller: str) -> None:
