@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import Blocks, in_processes, whole
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import prune
 
 from torch_dimap import global_module_aware_unstructured
@@ -65,3 +67,35 @@ def failed_forward():
 
 def test_weights_that_a_failed_forward_left_gathered_are_pruned(tmp_path):
     in_processes(2, tmp_path, failed_forward)
+
+
+def unlike_calls():
+    rank = dist.get_rank()
+    sharded = fully_shard(Blocks([(12, 12), (12, 12)]))
+    pairs = pairs_of(sharded)
+    scores = {pair: torch.ones(12, 12) for pair in pairs}
+    for mine, own in ((pairs[:: [1, -1][rank]], None), (pairs, [None, scores][rank])):
+        with pytest.raises(ValueError, match="make the same call"):
+            global_module_aware_unstructured(mine, importance_scores=own, amount=0.5)
+    if rank:
+        weight = sharded.layers[0].weight
+        ones = torch.ones_like(weight.to_local(), dtype=torch.bool)
+        mask = DTensor.from_local(ones, weight.device_mesh, weight.placements, run_check=False)
+        prune.custom_from_mask(sharded.layers[0], "weight", mask)
+    with pytest.raises(ValueError, match="make the same call"):
+        global_module_aware_unstructured(pairs, amount=0.5)
+
+
+def test_processes_that_list_other_layers_masks_or_scores_are_refused(tmp_path):
+    in_processes(2, tmp_path, unlike_calls)
+
+
+def flat():
+    cpu = torch.device("cpu")
+    model = FullyShardedDataParallel(Blocks([(12, 12)]), use_orig_params=True, device_id=cpu)
+    with pytest.raises(ValueError, match="flat parameter of FullyShardedDataParallel.*fully_shard"):
+        global_module_aware_unstructured(pairs_of(model.module), amount=0.5)
+
+
+def test_flat_parameters_are_refused(tmp_path):
+    in_processes(2, tmp_path, flat)
