@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import prune
 
-from torch_dimap import global_module_aware_unstructured
+from torch_dimap import dimap_unstructured, global_module_aware_unstructured
 
 
 def models():
@@ -88,6 +88,25 @@ def unlike_calls():
 
 def test_processes_that_list_other_layers_masks_or_scores_are_refused(tmp_path):
     in_processes(2, tmp_path, unlike_calls)
+
+
+def wrong_pairs():
+    rank = dist.get_rank()
+    _, sharded = models()
+    sharded(torch.ones(3, 12))  # leaves some of them gathered
+    pairs = pairs_of(sharded)
+    wrong = [*pairs[1:], (sharded.layers[0], "wieght")] if rank else pairs
+    for listed in (wrong, iter(wrong), {"all": iter(wrong)}):
+        with pytest.raises(ValueError, match="wieght.* must be a parameter of its module"):
+            global_module_aware_unstructured(listed, amount=0.5)
+    assert not prune.is_pruned(sharded)
+    with pytest.raises(ValueError, match="wieght"):
+        dimap_unstructured(sharded.layers[0], ["weight", "wieght"][rank], amount=0.5)
+    global_module_aware_unstructured(pairs, amount=0.5)  # all are at the same place again
+
+
+def test_wrong_pairs_in_one_process_are_refused_in_all(tmp_path):
+    in_processes(2, tmp_path, wrong_pairs)
 
 
 def flat():
