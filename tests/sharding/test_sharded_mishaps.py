@@ -45,6 +45,40 @@ def test_prune_remove_of_gathered_weights_holds(tmp_path):
     in_processes(2, tmp_path, removed_by_hand)
 
 
+def masked_by_torch():
+    x = torch.ones(3, 12)
+    alone, sharded = models()
+    for model in (alone, sharded):
+        prune.identity(model.layers[0], "weight")  # fully_shard is not told of it
+        global_module_aware_unstructured(pairs_of(model), amount=0.4)
+        model(x).sum().backward()
+    for one, other in zip(alone.layers, sharded.layers):
+        torch.testing.assert_close(whole(other.weight_orig.grad), one.weight_orig.grad)
+    torch.testing.assert_close(sharded(x), alone(x))
+
+
+def test_layers_masked_by_torch_go_on(tmp_path):
+    in_processes(2, tmp_path, masked_by_torch)
+
+
+def tied():
+    torch.manual_seed(0)
+    sharded = Blocks([(12, 12), (12, 12)])
+    sharded.layers[1].weight = sharded.layers[0].weight
+    fully_shard(sharded)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="tied to another .* fully_shard .*name that one"):
+            dimap_unstructured(sharded.layers[1], "weight", amount=0.5)
+        assert not prune.is_pruned(sharded)
+        sharded(torch.ones(3, 12))
+    dimap_unstructured(sharded.layers[0], "weight", amount=0.5)
+    sharded(torch.ones(3, 12))
+
+
+def test_tied_weights_are_refused_at_places_that_fully_shard_leaves(tmp_path):
+    in_processes(2, tmp_path, tied)
+
+
 def failed_forward():
     x = torch.ones(3, 12)
     alone, sharded = models()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torch_dimap.masking.layers import Layer
 from torch_dimap.masking.targets import Parameters, Scores, check_values, find_layers
-from torch_dimap.sharding import agree, processes_of, rest_sharded
+from torch_dimap.sharding import agree, processes_of, rest_sharded, tied_names
 
 
 def find_checked(
@@ -21,6 +21,7 @@ def find_checked(
         listed = {group: _listed(pairs) for group, pairs in parameters.items()}
     try:
         groups = find_layers(listed, caller)
+        _refuse_tied([x for layers in groups.values() for x in layers], caller)
     except Exception as error:
         failure = error
 
@@ -31,6 +32,16 @@ def find_checked(
         agree(processes_of(_parameters_in(listed), caller), fail, caller)
         raise
     return groups, check_values(groups, importance_scores, caller)
+
+
+def _refuse_tied(layers: list[Layer], caller: str) -> None:
+    tied = tied_names(layer.module for layer in layers)
+    for layer in layers:
+        if (layer.module, layer.name) in tied:
+            raise ValueError(
+                f"{caller}: {layer.label} is tied to another layer's, and fully_shard keeps the "
+                "weight at the first of them: name that one."
+            )
 
 
 def _listed(pairs: Any) -> Any:

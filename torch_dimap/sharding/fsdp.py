@@ -40,6 +40,18 @@ def managed_names(modules: Iterable[nn.Module]) -> dict[tuple[nn.Module, str], A
     }
 
 
+def tied_names(modules: Iterable[nn.Module]) -> set[tuple[nn.Module, str]]:
+    """Return by module and name the further places of tied parameters, which cannot be renamed."""
+    wanted = set(modules)
+    return {
+        place
+        for state in _states()
+        for info in _infos(state)
+        for place in zip(info.shared_modules, info.shared_param_names)
+        if place[0] in wanted
+    }
+
+
 def rename(
     managed: Mapping[tuple[nn.Module, str], Any], module: nn.Module, old: str, new: str
 ) -> None:
