@@ -12,7 +12,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import prune
 
-from torch_dimap import dimap_unstructured, global_module_aware_unstructured
+from torch_dimap import (
+    DimapUnstructured,
+    dimap_unstructured,
+    global_module_aware_unstructured,
+)
+from torch_dimap.sharding import processes_of
 
 
 def models():
@@ -141,6 +146,25 @@ def wrong_pairs():
 
 def test_wrong_pairs_in_one_process_are_refused_in_all(tmp_path):
     in_processes(2, tmp_path, wrong_pairs)
+
+
+def another_world(address):
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    global_module_aware_unstructured(pairs_of(models()[1]), amount=0.5)
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
+    _, sharded = models()
+    weight = sharded.layers[0].weight
+    assert processes_of([weight], "test")._group is dist.group.WORLD
+    with pytest.raises(ValueError, match="t must be whole.*dimap_unstructured"):
+        DimapUnstructured.apply(sharded.layers[0], "weight", amount=0.5)
+    assert sharded.layers[0].weight is weight
+    global_module_aware_unstructured(pairs_of(sharded), amount=0.5)
+
+
+def test_a_process_group_made_anew_is_the_one_used(tmp_path):
+    in_processes(2, tmp_path, another_world, f"file://{tmp_path}/another")
 
 
 def flat():
