@@ -39,10 +39,10 @@ def attach(
         with _in_place(module, name, f"{name}_orig"):
             module.register_parameter(f"{name}_orig", orig)
             del module._parameters[name]
-        rename(managed, module, name, f"{name}_orig")
     else:
         hooks = module._forward_pre_hooks
         hooks.pop(next(key for key, hook in hooks.items() if hook is before))
+    rename(managed, module, name, f"{name}_orig")  # torch's own masks have not told it
     if is_sharded(orig):
         mask = spread(mask, orig)
     if before is not None or is_sharded(orig):

@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 
 from torch_dimap.masking.amounts import check_amount, count_to_prune
 from torch_dimap.selection import check_finite, select
+from torch_dimap.sharding import is_sharded
 
 # The name that torch's global call gives to all of its tensors joined: the one thing by which
 # a method can tell that call from the pruning of a single, flat tensor.
@@ -52,6 +53,11 @@ class DimapUnstructured(prune.BasePruningMethod):
             t: what to rank by, finite; the weights or scores in their place.
             default_mask: tensor of the shape of ``t``, 1 where an entry may go.
         """
+        if is_sharded(t):
+            raise ValueError(
+                "DimapUnstructured.compute_mask(): t must be whole, found a part of a sharded "
+                "tensor (a DTensor): call dimap_unstructured, which prunes those."
+            )
         check_finite(t, "DimapUnstructured.compute_mask(): t")
         if self.sizes is None and t.dim() == 1 and vars(self).get("_tensor_name") == _GLOBAL:
             raise ValueError(

@@ -12,12 +12,13 @@ from torch.nn.utils import prune
 
 from torch_dimap.masking.amounts import amounts_by_group, count_to_prune, warn_of_few
 from torch_dimap.masking.attaching import all_or_nothing, attach, bake
+from torch_dimap.masking.checked import find_checked
 from torch_dimap.masking.choice import Chosen, choose_masks, is_empty, unpruned_by_group
 from torch_dimap.masking.layers import Layer, Pair, pruned_tensors, refuse_sharded
 from torch_dimap.masking.method import DimapUnstructured
 from torch_dimap.masking.readers import hold, known_readers, release
 from torch_dimap.masking.sharded import stop_dropping
-from torch_dimap.masking.targets import Scores, check_values, find_layers
+from torch_dimap.masking.targets import Scores
 from torch_dimap.selection import check_finite
 from torch_dimap.sharding import agree, managed_names, processes_of
 from torch_dimap.text import warn_of_empty
@@ -53,8 +54,7 @@ def dimap_unstructured(
     """
     caller = "dimap_unstructured()"
     scores = None if importance_scores is None else {(module, name): importance_scores}
-    groups = find_layers([(module, name)], caller)
-    prune_layers(groups, check_values(groups, scores, caller), amount, caller)
+    prune_layers(*find_checked([(module, name)], scores, caller), amount, caller)
     return module
 
 
@@ -120,8 +120,7 @@ def global_module_aware_unstructured(
         (['first', 'second'], 100, 50)
     """
     caller = "global_module_aware_unstructured()"
-    groups = find_layers(parameters, caller)
-    values = check_values(groups, importance_scores, caller)
+    groups, values = find_checked(parameters, importance_scores, caller)
     return prune_layers(groups, values, amount, caller, pruning_method, kwargs)
 
 

@@ -21,6 +21,7 @@ from torch_dimap.sharding import (
     local_of,
     managed_names,
     rename,
+    rest_sharded,
     spread,
 )
 
@@ -48,6 +49,7 @@ class ShardedMask(prune.PruningContainer):
     def remove(self, module: nn.Module) -> None:
         """Make the mask permanent, in the memory that the shard has."""
         name = self._tensor_name
+        rest_sharded([module])  # of what is gathered a change would be lost
         orig, mask = module.get_parameter(f"{name}_orig"), module.get_buffer(f"{name}_mask")
         with torch.no_grad():
             local_of(orig).mul_(local_of(laid_out(mask, orig)))

@@ -17,6 +17,7 @@ from torch_dimap.sharding import (
     laid_out,
     layout_of,
     local_of,
+    managed_names,
     processes_of,
     rest_sharded,
 )
@@ -71,7 +72,11 @@ def find_layers(
         groups[group] = [
             _find_layer(pair, f"{where}[{i}]", caller, places) for i, pair in enumerate(pairs)
         ]
-    _refuse_repeats([layer for layers in groups.values() for layer in layers], caller)
+    layers = [layer for of_group in groups.values() for layer in of_group]
+    rest_sharded(layer.module for layer in layers)
+    for layer in layers:
+        check_layer(layer, caller)
+    _refuse_repeats(layers, caller)
     return groups
 
 
@@ -88,18 +93,14 @@ def _find_layer(
             f"{caller}: {where} must be a (module, name) pair, found {type(pair).__name__}."
         )
     module, name = pair
-    rest_sharded([module])
     if places is None:
-        layer = Layer(f"{where} ({type(module).__name__}.{name})", module, name)
-    elif module in places:
-        layer = Layer(f"{places[module].name}.{name}".removeprefix("."), module, name)
-    else:
+        return Layer(f"{where} ({type(module).__name__}.{name})", module, name)
+    if module not in places:
         raise ValueError(
             f"{caller}: {where} lists a {type(module).__name__} that is no part of the model: "
             "group the parameters of this very model."
         )
-    check_layer(layer, caller)
-    return layer
+    return Layer(f"{places[module].name}.{name}".removeprefix("."), module, name)
 
 
 def check_layer(layer: Layer, caller: str) -> None:
@@ -155,6 +156,11 @@ def _check_kind(parameter: nn.Parameter, what: str) -> None:
     """Refuse tensors that are more than a block of numbers, which a mask would not fit."""
     if is_sharded(parameter):
         layout_of(parameter, False, what)
+    elif getattr(parameter, "_fsdp_flattened", False):  # by which torch marks them
+        raise ValueError(
+            f"{what} is a piece of a flat parameter of FullyShardedDataParallel, which differs "
+            "in each process: shard the model with fully_shard, whose weights keep their shapes."
+        )
     elif hasattr(parameter, "__tensor_flatten__"):  # torch's sign of tensors made of others
         raise ValueError(
             f"{what} must be stored as plain numbers, found {type(parameter).__name__}: prune the "
@@ -205,10 +211,28 @@ def check_values(
     """
     layers = [layer for of_group in groups.values() for layer in of_group]
     processes = processes_of((layer.parameter for layer in layers), caller)
-    call = [(x.label, tuple(x.parameter.shape), str(x.parameter.dtype)) for x in layers]
-    return agree(
-        processes, lambda: (_check_values(groups, importance_scores, caller), call), caller
-    )
+
+    def check() -> tuple[dict[str, list[Tensor]], object]:
+        values = _check_values(groups, importance_scores, caller)
+        return values, _description(layers, importance_scores)
+
+    return agree(processes, check, caller)
+
+
+def _description(layers: list[Layer], scores: Scores | None) -> object:
+    """Return what tells one call on layers from another, in any process.
+
+    The same list in another order is another call: ``fully_shard`` knows an order of its own.
+    """
+    order = {place: i for i, place in enumerate(managed_names(x.module for x in layers))}
+    return [
+        (
+            x.label, tuple(x.parameter.shape), str(x.parameter.dtype), x.method is None,
+            order.get((x.module, x.name if x.method is None else f"{x.name}_orig")),
+            scores is None or scores[x.module, x.name] is None,
+        )
+        for x in layers
+    ]  # fmt: skip
 
 
 def _check_values(

@@ -1,6 +1,13 @@
 """Who holds which part of a sharded weight, and how do those processes agree?"""
 
-from torch_dimap.sharding.fsdp import gathered, gathers, managed_names, rename, rest_sharded
+from torch_dimap.sharding.fsdp import (
+    gathered,
+    gathers,
+    managed_names,
+    rename,
+    rest_sharded,
+    tied_names,
+)
 from torch_dimap.sharding.layout import (
     Layout,
     is_sharded,
@@ -32,5 +39,6 @@ __all__ = [
     "rename",
     "rest_sharded",
     "spread",
+    "tied_names",
     "whole_of",
 ]

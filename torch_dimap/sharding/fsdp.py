@@ -24,10 +24,9 @@ def rest_sharded(modules: Iterable[nn.Module]) -> None:
     """Have the parameters of modules sharded again where a forward has left them gathered."""
     wanted = set(modules)
     for state in _states():
-        held = {info.module for info in _infos(state)}
-        if held & wanted:
-            for module in state._modules:
-                module.reshard()
+        if any(info.module in wanted for info in _infos(state)):
+            for group in _groups(state):
+                group._to_sharded()  # as for state_dict(): reshard() does nothing after a failure
 
 
 def managed_names(modules: Iterable[nn.Module]) -> dict[tuple[nn.Module, str], Any]:
@@ -38,6 +37,18 @@ def managed_names(modules: Iterable[nn.Module]) -> dict[tuple[nn.Module, str], A
         for state in _states()
         for info in _infos(state)
         if info.module in wanted
+    }
+
+
+def tied_names(modules: Iterable[nn.Module]) -> set[tuple[nn.Module, str]]:
+    """Return by module and name the further places of tied parameters, which cannot be renamed."""
+    wanted = set(modules)
+    return {
+        place
+        for state in _states()
+        for info in _infos(state)
+        for place in zip(info.shared_modules, info.shared_param_names)
+        if place[0] in wanted
     }
 
 
@@ -96,11 +107,14 @@ def _states() -> Iterator[Any]:
             yield state
 
 
-def _infos(state: Any) -> Iterator[Any]:
-    """Yield where the parameters that a state manages are registered: modules and names."""
+def _groups(state: Any) -> list[Any]:
+    """Return the groups in which a state gathers its parameters."""
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # torch before 2.11
         groups = [state._fsdp_param_group] if state._fsdp_param_group else []
-    for group in groups:
-        for parameter in group.fsdp_params:
-            yield parameter._module_info
+    return groups
+
+
+def _infos(state: Any) -> Iterator[Any]:
+    """Yield where the parameters that a state manages are registered: modules and names."""
+    return (x._module_info for group in _groups(state) for x in group.fsdp_params)

@@ -28,7 +28,7 @@ class Processes:
     """
 
     def __init__(self, ranks: tuple[int, ...], device: str) -> None:
-        self._group = _group(ranks)
+        self._group = _group(ranks, dist.group.WORLD)
         self._first = ranks[0]
         self._device = device
         self.processes = len(ranks)
@@ -145,10 +145,10 @@ def processes_of(tensors: Iterable[Tensor], caller: str) -> Processes | None:
 
 
 @lru_cache(maxsize=None)
-def _group(ranks: tuple[int, ...]) -> Any:
-    """Return torch's group of ranks: that of all, or one that is made once."""
+def _group(ranks: tuple[int, ...], world: Any) -> Any:
+    """Return torch's group of ranks: that of all, or one that is made once in each world."""
     if len(ranks) == dist.get_world_size():
-        return dist.group.WORLD
+        return world
     return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
