@@ -16,6 +16,8 @@ from torch_dimap import (
     DimapUnstructured,
     dimap_unstructured,
     global_module_aware_unstructured,
+    prune_to_parameters,
+    summarize,
 )
 from torch_dimap.sharding import processes_of
 
@@ -141,6 +143,12 @@ def wrong_pairs():
     assert not prune.is_pruned(sharded)
     with pytest.raises(ValueError, match="wieght"):
         dimap_unstructured(sharded.layers[0], ["weight", "wieght"][rank], amount=0.5)
+    for call in (summarize, lambda m, parameters: prune_to_parameters(m, 0.5, parameters)):
+        with pytest.raises(ValueError, match="wieght"):
+            call(sharded, parameters=wrong)
+        with pytest.raises(ValueError, match="make the same call"):
+            call(sharded, parameters=pairs[rank:])
+    assert not prune.is_pruned(sharded)
     global_module_aware_unstructured(pairs, amount=0.5)  # all are at the same place again
 
 

@@ -56,11 +56,6 @@ class Layer(NamedTuple):
         values, mask = self.parameter.detach(), self.mask
         return values if mask is None else values * mask.to(values.dtype)
 
-    @property
-    def unpruned(self) -> int:
-        """How many entries the mask keeps, zeros included."""
-        return count_unpruned([self], "unpruned")[0]
-
 
 def count_unpruned(layers: Sequence[Layer], caller: str) -> list[int]:
     """Return how many entries of each layer the masks keep, zeros included.

@@ -32,16 +32,23 @@ Scores = Mapping[Pair, Tensor | None]
 def find_layers_in(
     model: nn.Module, parameters: Parameters | None, caller: str
 ) -> dict[str, list[Layer]]:
-    """Resolve pairs of a model, by default all of its groups; note who reads their weights."""
+    """Resolve pairs of a model, by default all of its groups; note who reads their weights.
+
+    Of a sharded model all processes must ask, and all raise if one of them does.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be an nn.Module, found {type(model).__name__}.")
-    places = survey(model)
-    if parameters is None:
-        parameters = group_parameters(model)
-    groups = find_layers(parameters, caller, places)
-    for layer in (layer for layers in groups.values() for layer in layers):
-        note_readers(layer.module, places[layer.module].readers)
-    return groups
+    rest_sharded(model.modules())
+
+    def find() -> tuple[dict[str, list[Layer]], object]:
+        places = survey(model)
+        pairs = group_parameters(model) if parameters is None else parameters
+        groups = find_layers(pairs, caller, places)
+        for layer in (layer for layers in groups.values() for layer in layers):
+            note_readers(layer.module, places[layer.module].readers)
+        return groups, {group: [x.label for x in layers] for group, layers in groups.items()}
+
+    return agree(processes_of(model.parameters(), caller), find, caller)
 
 
 def find_layers(

@@ -1,7 +1,6 @@
 """Which entries go, for an exact count? Tensors only; nothing here knows a model."""
 
 from torch_dimap.selection.cuts import Cut, apply_cut, mask_of
-from torch_dimap.selection.exchange import Part
 from torch_dimap.selection.importance import check_finite, check_rankable, dimap_scores
 from torch_dimap.selection.narrowing import find_cuts_sparingly
 from torch_dimap.selection.reading import CPU_BLOCK, Blocks, FlatWeight, blocks_of, read_weight
@@ -17,7 +16,6 @@ __all__ = __all__ = [
     "FlatWeight",
     "Held",
     "Map",
-    "Part",
     "apply_cut",
     "blocks_of",
     "check_finite",

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
     """Tell a DTensor from a plain tensor, without the import that this takes."""
-    tensor_module = sys.modules.get("torch.distributed.tensor")
-    return tensor_module is not None and isinstance(tensor, tensor_module.DTensor)
+    module = sys.modules.get("torch.distributed.tensor")
+    kind = getattr(module, "DTensor", None)  # torch 2.4 has it elsewhere, and it is refused there
+    return kind is not None and isinstance(tensor, kind)
 
 
 def local_of(tensor: Tensor) -> Tensor:
