@@ -59,11 +59,20 @@ def attach(
         if isinstance(method, ShardedMask):
             method.rest(module)
         else:
-            setattr(module, name, method.apply_mask(module))
+            setattr(module, name, _product(method, mask, orig, module))
     module.register_forward_pre_hook(method)
     if (module, name) in managed or (module, f"{name}_orig") in managed:
         for user in (module, *known_readers([module])):
             drop_after(user)
+
+
+def _product(
+    method: prune.BasePruningMethod, mask: Tensor, orig: Tensor, module: nn.Module
+) -> Tensor:
+    """Return what ``method.apply_mask(module)`` returns, in the memory of the result alone."""
+    if type(method).apply_mask is not prune.BasePruningMethod.apply_mask:
+        return method.apply_mask(module)
+    return mask.to(orig.dtype, copy=True).mul_(orig)
 
 
 def bake(layer: Layer) -> None:

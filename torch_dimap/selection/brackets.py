@@ -81,7 +81,7 @@ def guess_threshold(samples: list[Sample], count: int) -> float:
 
     def expected(threshold: float) -> float:
         return sum(
-            s.below + s.entries * float(np.searchsorted(s.score, threshold, "right"))
+            s.below + s.entries * float(s.score.searchsorted(threshold, "right"))
             for s in samples
         )
 

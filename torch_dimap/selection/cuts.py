@@ -9,7 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_dimap.selection.reading import Blocks, block_size, greater, magnitude_of, places
+from torch_dimap.selection.reading import (
+    Blocks,
+    Scratch,
+    block_size,
+    greater,
+    magnitude_of,
+    places,
+)
 
 
 class Cut(NamedTuple):
@@ -26,9 +33,9 @@ def apply_cut(
     outs: Iterable[Tensor | None] = repeat(None),
 ) -> Iterator[Tensor]:
     """Yield the mask of each block, True for what stays; written to ``outs`` if given."""
-    ties = cut.ties
+    ties, scratch = cut.ties, Scratch()
     for block, out in zip(blocks, outs):
-        magnitude = magnitude_of(*block)
+        magnitude = magnitude_of(*block, scratch)
         keep = greater(magnitude, cut.magnitude, out)
         if ties:
             tied = places(magnitude == cut.magnitude)[:ties]

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_dimap.selection.reading import Blocks, greater, magnitude_of, pick
+from torch_dimap.selection.reading import DEVICE_BLOCK, Blocks, Scratch, magnitude_of
 from torch_dimap.selection.runs import Runs
 
 BAND = 256  # binary orders of magnitude whose squares float64 holds together
+IN_CACHE = 1 << 16  # entries that are summed together: fewer bits for their number, too
 SPLIT = 2.0**27 + 1  # Dekker's: what splits 53 bits into twice 26
 
 
@@ -105,14 +106,14 @@ class _Reciprocals:
 
 def exact_energy(blocks: Blocks, above: float) -> Fraction:
     """Sum the unscaled squares of all magnitudes greater than ``above``, without rounding."""
-    energy = Fraction(0)
+    energy, scratch = Fraction(0), Scratch()
     for block in blocks():
-        magnitude = magnitude_of(*block)
-        inside = pick(magnitude, greater(magnitude, above))
+        inside = torch.threshold_(magnitude_of(*block, scratch), above, 0.0)
         if inside.dtype == torch.float64:
             energy += sum_of_squares(inside.cpu().numpy())
         else:
-            energy += _sum(inside.double().square_())
+            wide = scratch.take("wide", inside, torch.float64).copy_(inside).square_()
+            energy += sum(map(_sum, wide.split(IN_CACHE if wide.is_cpu else DEVICE_BLOCK)))
     return energy
 
 
@@ -133,13 +134,16 @@ def sum_of_squares(values: np.ndarray) -> Fraction:
 
 
 def _sum(values: Tensor) -> Fraction:
-    """Sum a float64 vector without rounding, from the leading bits of all entries down."""
+    """Sum a float64 vector without rounding, from the leading bits of all entries down.
+
+    The vector is used up.
+    """
     result = Fraction(0)
-    while values.numel() and (largest := float(values.abs().max())):
+    while values.numel() and (largest := float(torch.stack(values.aminmax()).abs().max())):
         # Added to this, each entry is rounded to a multiple of one unit, of which the
         # sum of all is less than 2^53.
         unit = 2.0 ** (math.frexp(largest)[1] + values.numel().bit_length())
         leading = (values + unit).sub_(unit)
         result += Fraction(float(leading.sum()))
-        values = values - leading
+        values.sub_(leading)
     return result

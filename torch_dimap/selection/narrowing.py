@@ -9,15 +9,7 @@ import numpy as np
 
 from torch_dimap.selection.brackets import Limits, Sample, expected_scores
 from torch_dimap.selection.cuts import Cut
-from torch_dimap.selection.reading import (
-    FlatWeight,
-    count_true,
-    energy_above,
-    greater,
-    magnitude_of,
-    pick,
-    total,
-)
+from torch_dimap.selection.reading import FlatWeight, search_between, total
 from torch_dimap.selection.search import Search, aim_all, all_or_none, begin, finish
 from torch_dimap.selection.threads import Map
 
@@ -59,17 +51,14 @@ def _entries_between(sample: Sample, limits: Limits) -> float:
 
 def _narrow(search: Search) -> Sample:
     """Sample a weight again, now only inside its bracket; around that nothing is guessed."""
-    weight, (low, high) = search.weight, search.limits
+    weight = search.weight
     thin = max(1, int(_entries_between(search.sample, search.limits)) // SAMPLE)
     values, above, energies, seen = [], [], [], 0
-    for block in weight.blocks():
-        magnitude = magnitude_of(*block)
-        over = greater(magnitude, high)
-        above.append(count_true(over))
-        energies.append(energy_above(magnitude, high, weight.scale))
-        inside = pick(magnitude, greater(magnitude, low).logical_xor_(over))
-        values += inside[-seen % thin :: thin].tolist()
-        seen += inside.numel()
+    for found in search_between(weight, search.limits):
+        above.append(found.above)
+        energies.append(found.energy)
+        values += found.inside[-seen % thin :: thin].tolist()
+        seen += found.inside.numel()
     ascending = np.sort(np.array(values, dtype=float))
     entries = seen / max(1, len(ascending))
     square = np.square(ascending * weight.scale)

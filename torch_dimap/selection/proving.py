@@ -17,7 +17,7 @@ import torch
 
 from torch_dimap.selection.brackets import EVERYTHING, Limits, logarithm_of
 from torch_dimap.selection.exchange import Exchange
-from torch_dimap.selection.reading import CPU_BLOCK, DEVICE_BLOCK, FlatWeight
+from torch_dimap.selection.reading import CPU_BLOCK, DEVICE_BLOCK, INTEGERS, FlatWeight
 from torch_dimap.selection.runs import ROW, Inside, energy_of_first, read_inside
 
 NOTHING = Inside(np.empty(0), None, 0, 0.0, 0)
@@ -209,15 +209,12 @@ def _pivots(bracket: Bracket) -> np.ndarray:
 
 def _to_grid(magnitude: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """Number the magnitudes of a dtype in order, from zero; what lies below has -1."""
-    bits = torch.from_numpy(magnitude).to(dtype).view(_INTEGERS[dtype.itemsize])
+    bits = torch.from_numpy(magnitude).to(dtype).view(INTEGERS[dtype.itemsize])
     return np.where(magnitude < 0, -1, bits.long().numpy())
 
 
 def _from_grid(number: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    return torch.from_numpy(number).to(_INTEGERS[dtype.itemsize]).view(dtype).double().numpy()
-
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return torch.from_numpy(number).to(INTEGERS[dtype.itemsize]).view(dtype).double().numpy()
 
 
 def _like(values: np.ndarray, magnitude: np.ndarray) -> np.ndarray:

@@ -15,11 +15,7 @@ from torch_dimap.selection.cuts import Cut
 from torch_dimap.selection.reading import (
     FlatWeight,
     ascending,
-    count_true,
-    energy_above,
-    greater,
-    magnitude_of,
-    pick,
+    search_between,
     total,
 )
 
@@ -53,7 +49,7 @@ class Runs(NamedTuple):
 
     def going(self, threshold: float) -> int:
         """Return how many entries score at most ``threshold``, a binary logarithm."""
-        run = int(np.searchsorted(self.score, threshold, "right"))
+        run = int(self.score.searchsorted(threshold, "right"))
         if self.ends is None:
             return run
         before = int(self.ends[run - 1]) if run else 0
@@ -94,18 +90,12 @@ def find_runs(weight: FlatWeight, limits: Limits) -> Runs:
 
 def read_inside(weight: FlatWeight, limits: Limits) -> Inside:
     """Read a weight, or the part of it that is here, between two magnitudes."""
-    low, high = limits
     above, energies, collected, longest = [], [], _Inside(), 0
-    for block in weight.blocks():
-        magnitude = magnitude_of(*block)
-        longest = max(longest, magnitude.numel())
-        inside = greater(magnitude, low)
-        if high < math.inf:
-            over = greater(magnitude, high)
-            above.append(count_true(over))
-            energies.append(energy_above(magnitude, high, weight.scale))
-            inside.logical_xor_(over)
-        collected.add(pick(magnitude, inside))
+    for found in search_between(weight, limits):
+        above.append(found.above)
+        energies.append(found.energy)
+        collected.add(found.inside)
+        longest = max(longest, found.read)
     return Inside(*collected.ascending(), int(total(above)), total(energies), longest)
 
 

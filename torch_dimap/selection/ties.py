@@ -9,7 +9,7 @@ import numpy as np
 
 from torch_dimap.selection.cuts import Cut
 from torch_dimap.selection.exchange import Exchange
-from torch_dimap.selection.reading import Blocks, magnitude_of, places
+from torch_dimap.selection.reading import Blocks, Scratch, magnitude_of, places
 
 PIVOTS = 15  # places at which the equal entries before them are counted
 
@@ -59,9 +59,9 @@ def share_ties(cuts: Sequence[Cut], held: Sequence[Held], exchange: Exchange) ->
 
 def _equal(held: Held, magnitude: float) -> np.ndarray:
     """Return where in the whole weight the entries here lie that have a magnitude."""
-    found, start = [np.empty(0, np.int64)], 0
+    found, start, scratch = [np.empty(0, np.int64)], 0, Scratch()
     for block in held.blocks():
-        found.append(places(magnitude_of(*block) == magnitude).cpu().numpy() + start)
+        found.append(places(magnitude_of(*block, scratch) == magnitude).cpu().numpy() + start)
         start += block[0].numel()
     return held.positions.of(np.concatenate(found))
 
