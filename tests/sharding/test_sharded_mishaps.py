@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import Blocks, in_processes, whole
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.utils import prune
 
 from torch_dimap import (
@@ -154,6 +156,30 @@ def wrong_pairs():
 
 def test_wrong_pairs_in_one_process_are_refused_in_all(tmp_path):
     in_processes(2, tmp_path, wrong_pairs)
+
+
+def unlike_replicas():
+    """What one process has changed on its own is no longer the weight of all."""
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (2,))
+    plain, replicated = nn.Linear(8, 6), nn.Linear(8, 6)
+    sharded = fully_shard(nn.Linear(8, 6), mesh=mesh)
+    replicated.weight = nn.Parameter(distribute_tensor(plain.weight.data, mesh, [Replicate()]))
+    pairs = [(module, "weight") for module in (plain, replicated, sharded)]
+    global_module_aware_unstructured(pairs, amount=0.2)
+    for module, name in ((plain, r"\[0\]"), (replicated, r"\[1\]")):
+        weight = module.weight_orig.detach()
+        with torch.no_grad():
+            (weight.to_local() if module is replicated else weight)[0, 0] += dist.get_rank()
+        with pytest.raises(ValueError, match=name + ".*same values"):
+            global_module_aware_unstructured(pairs, amount=0.2)
+        with torch.no_grad():
+            (weight.to_local() if module is replicated else weight)[0, 0] = 1.0
+    global_module_aware_unstructured(pairs, amount=0.2)
+
+
+def test_replicas_that_differ_are_refused(tmp_path):
+    in_processes(2, tmp_path, unlike_replicas)
 
 
 def another_world(address):

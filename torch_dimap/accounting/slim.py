@@ -10,6 +10,7 @@ from torch import nn
 from torch_dimap.accounting.flops import FlopCount, count_flops
 from torch_dimap.accounting.inputs import Inputs
 from torch_dimap.masking import Pair, snapshot
+from torch_dimap.sharding import is_sharded
 from torch_dimap.units import UnitCount, count_units, cut_units, list_units
 
 
@@ -43,16 +44,20 @@ def count_slim_flops(
     model: nn.Module,
     inputs: Inputs,
     parameters: Mapping[str, Iterable[Pair]],
-) -> FlopCount:
+) -> FlopCount | None:
     """Count the multiply-adds that a model will have once its dead units are removed.
 
     They are those of the smaller tensors, not of the dense ones weighted by anything. The
-    units are cut out for the count, and then the model is put back as it was.
+    units are cut out for the count, and then the model is put back as it was. From sharded
+    tensors nothing can be cut: None.
     """
     layers = [x for x in list_units(model, None, "count_slim_flops()") if not x.obstacle]
+    keeps = {layer: keep for layer in layers if not (keep := layer.alive()).all()}
+    if any(is_sharded(layer.read.tensor) for layer in keeps):
+        return None
     put_back = snapshot(model.modules())
     try:
-        cut_units({layer: keep for layer in layers if not (keep := layer.alive()).all()})
+        cut_units(keeps)
         return count_flops(model, inputs, parameters)
     finally:
         put_back()

@@ -40,7 +40,7 @@ def summarize(
     model (biases, norms, embeddings and heads included). Masked and baked models give
     the same numbers: a weight counts as gone if it is zero. Where heads or neurons are
     dead or have been removed, see :func:`torch_dimap.remove_units`, it is told how many of
-    their layer are left, and what the model costs without them.
+    their layer are left, and, unless it is sharded, what the model costs without them.
 
     Args:
         model: the model; it is only read.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_dimap.accounting.flops import flops_by_module
 from torch_dimap.accounting.inputs import Inputs, arguments_for
-from torch_dimap.masking import pruning_methods, remove_all, snapshot
+from torch_dimap.masking import pruning_methods, refuse_sharded, remove_all, snapshot
 from torch_dimap.units import UnitLayer, cut_units
 
 
@@ -80,6 +80,7 @@ def names_in(model: nn.Module, layers: Iterable[UnitLayer], caller: str) -> list
 
 def slim_copy(model: nn.Module, keeps: Mapping[UnitLayer, Tensor]) -> nn.Module:
     """Copy a model, bake the copy's masks, and cut it down to the units that are to stay."""
+    refuse_sharded(model.named_parameters(), "slim_copy()")
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     put_back = snapshot(modules)
     try:

@@ -104,13 +104,19 @@ def pruned_tensors(model: nn.Module, caller: str) -> Iterator[Layer]:
             yield Layer(label, module, name)
 
 
-def refuse_sharded(tensors: Iterable[tuple[str, Tensor]], caller: str) -> None:
+BEFORE_SHARDING = (
+    "call it before fully_shard or a tensor-parallel plan, which keep what it does"
+)
+
+
+def refuse_sharded(
+    tensors: Iterable[tuple[str, Tensor]], caller: str, remedy: str = BEFORE_SHARDING
+) -> None:
     """Raise if this process holds only a part of a tensor, given by name, that it needs whole."""
     for name, tensor in tensors:
         if is_sharded(tensor):
             raise ValueError(
-                f"{caller}: {name} is sharded (a DTensor), and the whole is needed: call it "
-                "before fully_shard or a tensor-parallel plan, which keep what it does."
+                f"{caller}: {name} is sharded (a DTensor), and the whole is needed: {remedy}."
             )
 
 

@@ -16,9 +16,16 @@ from torch_dimap.masking import (
     check_values,
     hold,
     known_readers,
-    refuse_sharded,
 )
 from torch_dimap.selection import check_finite
+from torch_dimap.sharding import (
+    agree,
+    is_sharded,
+    layout_of,
+    local_of,
+    processes_of,
+    rest_sharded,
+)
 from torch_dimap.units.description import Part, UnitLayer
 
 
@@ -45,7 +52,10 @@ class WholeUnits(prune.BasePruningMethod):
 def maskable_parts(
     groups: Mapping[str, list[UnitLayer]], caller: str
 ) -> dict[str, list[tuple[Layer, Part, int]]]:
-    """Check that all parts can be masked; return them with their layer's place in its group."""
+    """Check that all parts can be masked; return them with their layer's place in its group.
+
+    Of sharded ones all processes must make the call, and all raise if one of them does.
+    """
     parts = {
         group: [
             (Layer(f"{unit.name} ({type(part.module).__name__}.{part.name})", *part[:2]), part, i)
@@ -56,10 +66,16 @@ def maskable_parts(
         for group, units in groups.items()
     }
     layers = {group: [layer for layer, *_ in held] for group, held in parts.items()}
-    for layer in (layer for group in layers.values() for layer in group):
-        check_layer(layer, caller)
-        refuse_sharded([(layer.label, layer.parameter)], caller)
-        check_finite(layer.parameter, f"{caller}: {layer.label}")
+    held = [(layer, part) for group in parts.values() for layer, part, _ in group]
+    rest_sharded(part.module for _, part in held)
+
+    def check() -> tuple[None, object]:
+        for layer, _ in held:
+            check_layer(layer, caller)
+            check_finite(local_of(layer.parameter), f"{caller}: {layer.label}")
+        return None, None
+
+    agree(processes_of((part.tensor for _, part in held), caller), check, caller)
     check_values(layers, None, caller)
     return parts
 
@@ -74,9 +90,16 @@ def mask_units(
     readers = known_readers(modules)
     with all_or_nothing([*modules, *readers]):
         for layer, part, keep in plan:
-            orig, mask = layer.parameter, layer.mask
-            before = torch.ones_like(orig, dtype=torch.bool) if mask is None else mask != 0
-            method = WholeUnits(part.along(keep.to(orig.device)), part.dim)
-            attach(layer, method, method.compute_mask(orig, before))
+            own, mask = local_of(layer.parameter), layer.mask
+            before = torch.ones_like(own, dtype=torch.bool) if mask is None else local_of(mask) != 0
+            method = WholeUnits(_here(part.along(keep.to(own.device)), layer, part), part.dim)
+            attach(layer, method, method.compute_mask(own, before))
         for reader in readers:
             hold(reader)
+
+
+def _here(flags: Tensor, layer: Layer, part: Part) -> Tensor:
+    """Return the flags of those slices of which this process holds something."""
+    if not is_sharded(layer.parameter):
+        return flags
+    return flags[layout_of(layer.parameter, False, layer.label).slices[part.dim]]

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torch_dimap.sharding import whole_of
+
 HEADS, NEURONS = "heads", "neurons"
 
 
@@ -36,14 +38,14 @@ class Part(NamedTuple):
 
     @property
     def mask(self) -> Tensor | None:
-        """The pruning mask of the tensor, None while it is unpruned."""
+        """The pruning mask of the tensor, None while it is unpruned; sharded or not like it."""
         return self.module._buffers.get(f"{self.name}_mask")
 
     @property
     def values(self) -> Tensor:
-        """The tensor's values, zero where they are masked."""
-        mask = self.mask
-        return self.tensor.detach() if mask is None else self.tensor.detach() * mask
+        """The tensor's values, zero where they are masked; gathered where they are sharded."""
+        values, mask = whole_of(self.tensor.detach()), self.mask
+        return values if mask is None else values * whole_of(mask)
 
     def by_unit(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """View a tensor of this part's shape unit by unit; say what to reduce for one each."""
@@ -119,7 +121,7 @@ class UnitLayer(NamedTuple):
         mask = self.read.mask
         if mask is None:
             return torch.ones(self.units, dtype=torch.bool, device=self.read.tensor.device)
-        view, others = self.read.by_unit(mask != 0)
+        view, others = self.read.by_unit(whole_of(mask) != 0)
         return view.any(others)
 
     def alive(self) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 
 from torch_dimap.masking import SINGLE_GROUP, DimapUnstructured, amounts_by_group, count_to_prune
 from torch_dimap.selection import check_finite, dimap_scores
+from torch_dimap.sharding import Processes, agree, processes_of
 from torch_dimap.units.attaching import mask_units, maskable_parts
 from torch_dimap.units.choice import LayerScores, choose_units, most_units
 from torch_dimap.units.description import NEURONS, UnitLayer
@@ -56,6 +57,9 @@ def global_module_aware_structured(
 
     Whatever fails, the model is left as it was.
 
+    Of a sharded model all processes must make the call, and a tensor at a time is gathered.
+    The masks are those of the unsharded model.
+
     Args:
         units: group -> unit layers, as :func:`group_units` returns them; or unit layers
             alone, which form one group.
@@ -95,7 +99,12 @@ def global_module_aware_structured(
         (3, 1152)
     """
     plan = plan_units(units, importance_scores, minimum, multiple, pruning_method, CALL)
-    keeps, done = plan.choose(amounts_by_group(amount, plan.unmasked, f"{CALL}: amount"))
+
+    def choose() -> tuple[tuple[dict[str, list[Tensor]], dict[str, KeptUnits]], object]:
+        chosen = plan.choose(amounts_by_group(amount, plan.unmasked, f"{CALL}: amount"))
+        return chosen, chosen[1]
+
+    keeps, done = agree(plan.processes, choose, CALL)
     mask_units(plan.groups, keeps, CALL)
     return done
 
@@ -107,6 +116,7 @@ class UnitPlan(NamedTuple):
     groups: dict[str, list[UnitLayer]]
     scores: dict[str, list[LayerScores]]
     minimum: int
+    processes: Processes | None = None  # that share the layers, where these are sharded
 
     @property
     def unmasked(self) -> dict[str, int]:
@@ -153,10 +163,23 @@ def plan_units(
 ) -> UnitPlan:
     """Check and rank units; the arguments are those of the public call."""
     groups = check_units(units, caller)
-    _check_numbers(minimum, multiple, caller)
+    layers = [layer for of_group in groups.values() for layer in of_group]
+    processes = processes_of((part.tensor for x in layers for part in x.parts), caller)
+
+    def check() -> tuple[dict[UnitLayer, Tensor] | None, object]:
+        _check_numbers(minimum, multiple, caller)
+        _check_ranking(pruning_method, caller)
+        given = _check_scores(groups, importance_scores, caller)
+        told = given and [values.tolist() for values in given.values()]
+        names = {group: [layer.name for layer in layers] for group, layers in groups.items()}
+        return given, (names, minimum, multiple, pruning_method.__name__, told)
+
+    given = agree(processes, check, caller)
     maskable_parts(groups, caller)
-    scores = _rank(groups, importance_scores, pruning_method, multiple, caller)
-    return UnitPlan(caller, groups, scores, minimum)
+    scores = _rank(groups, given, RANKINGS[pruning_method], multiple)
+    if processes is not None:  # random ones are others in each process
+        scores = processes.gather_object(scores)[0]
+    return UnitPlan(caller, groups, scores, minimum, processes)
 
 
 def check_units(
@@ -201,22 +224,22 @@ def _check_numbers(minimum: Any, multiple: Any, caller: str) -> None:
             raise ValueError(f"{caller}: {name} must be {least} or more, found {value}.")
 
 
-def _rank(
-    groups: dict[str, list[UnitLayer]],
-    importance_scores: Mapping[Any, Tensor] | None,
-    pruning_method: Any,
-    multiple: int,
-    caller: str,
-) -> dict[str, list[LayerScores]]:
-    """Give every unit a score that compares with those of other layers."""
-    ranking = RANKINGS.get(pruning_method)
-    if ranking is None:
+def _check_ranking(pruning_method: Any, caller: str) -> None:
+    if pruning_method not in RANKINGS:
         raise TypeError(
             f"{caller}: pruning_method must be one of "
             f"{', '.join(method.__name__ for method in RANKINGS)}, found {pruning_method!r}: "
             "for a ranking of your own pass importance_scores."
         )
-    given = _check_scores(groups, importance_scores, caller)
+
+
+def _rank(
+    groups: dict[str, list[UnitLayer]],
+    given: Mapping[UnitLayer, Tensor] | None,
+    ranking: Callable[[Tensor], Tensor],
+    multiple: int,
+) -> dict[str, list[LayerScores]]:
+    """Give every unit a score that compares with those of other layers."""
     ranked: dict[str, list[LayerScores]] = {}
     for group, layers in groups.items():
         ranked[group] = []

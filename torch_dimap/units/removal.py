@@ -25,6 +25,10 @@ from torch_dimap.units.description import Part, UnitLayer
 from torch_dimap.units.grouping import UnitRule, describe_units
 
 CALL = "remove_units()"
+ELSEWHERE = (
+    "write it with save_pruned, load that in one process by load_pruned(model, path, masked=True), "
+    "cut it there, and shard the smaller model"
+)
 
 
 class Cut(NamedTuple):
@@ -81,7 +85,7 @@ def remove_units(model: nn.Module, rule: UnitRule | None = None) -> nn.Module:
         )
     layers = describe_units(model, rule, CALL)
     deque(pruned_tensors(model, CALL), maxlen=0)  # all are sound, or nothing changes
-    refuse_sharded([(x.name, part.tensor) for x in layers for part in x.parts], CALL)
+    refuse_sharded([(x.name, part.tensor) for x in layers for part in x.parts], CALL, ELSEWHERE)
     keeps = {x: keep for x in layers if not (keep := x.staying(x.alive())).all()}
     obstacles = [f"{layer.name} ({layer.obstacle})" for layer in keeps if layer.obstacle]
     if obstacles:

@@ -1,0 +1,65 @@
+"""Whether processes that hold the same part of a tensor hold the same values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_dimap.sharding.layout import Layout, is_sharded, local_of
+from torch_dimap.sharding.processes import Processes
+from torch_dimap.text import name_some
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an entry
+_PRIME = (1 << 24) - 3  # so that sums over any number of processes stay whole in float64
+
+
+def refuse_unlike_replicas(
+    tensors: Sequence[Tensor],
+    values: Sequence[Tensor],
+    layouts: Sequence[Layout],
+    names: Sequence[str],
+    processes: Processes,
+) -> None:
+    """Raise in all processes if replicas differ, of which only the first would count.
+
+    What tells is the sum of the entries' bits.
+
+    Args:
+        tensors: the weights, sharded or whole in every process.
+        values: what they are ranked by; the parts that are here.
+        layouts: of the weights.
+        names: of the weights, for the error.
+        processes: those that make the call.
+
+    Raises:
+        ValueError: names the weights whose replicas differ.
+    """
+    held = [i for i, tensor in enumerate(tensors) if _is_replicated(tensor)]
+    if not held:  # the same in all processes, so none waits
+        return
+    own = np.array([float(_digest(values[i])) for i in held])
+    counts = np.array([float(layouts[i].counts) for i in held])
+    told = processes.add(np.concatenate([own, own * counts, np.ones_like(own), counts]))
+    # Each part has as many holders as any other one of its tensor.
+    everywhere, of_first, holders, parts = told.reshape(4, -1)
+    unlike = [names[held[i]] for i in np.flatnonzero(everywhere * parts != of_first * holders)]
+    if unlike:
+        raise ValueError(
+            f"{name_some(unlike)}: processes that hold the same part of a weight must hold the "
+            "same values of it and of its scores, found others: broadcast them from the first."
+        )
+
+
+def _is_replicated(tensor: Tensor) -> bool:
+    if not is_sharded(tensor):
+        return True
+    sizes = zip(tensor.placements, tensor.device_mesh.shape)
+    return any(placement.is_replicate() and size > 1 for placement, size in sizes)
+
+
+def _digest(part: Tensor) -> int:
+    bits = local_of(part).contiguous().view(_INTEGERS[part.itemsize])
+    return int(bits.sum(dtype=torch.int64)) % _PRIME
