@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import make_swin, make_vit
+from scripts import in_forks
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_dimap
@@ -123,4 +124,4 @@ def work(rank, address):
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 def test_two_processes_learn_like_one(tmp_path):
-    torch.multiprocessing.spawn(work, args=(f"file://{tmp_path}/rendezvous",), nprocs=2)
+    in_forks(work, 2, f"file://{tmp_path}/rendezvous")

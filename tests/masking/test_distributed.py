@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from backbones import build, images, outputs
+from scripts import in_forks
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_dimap
@@ -63,4 +64,4 @@ def work(rank, address):
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 def test_two_processes_train_like_one(tmp_path):
-    torch.multiprocessing.spawn(work, args=(f"file://{tmp_path}/rendezvous",), nprocs=2)
+    in_forks(work, 2, f"file://{tmp_path}/rendezvous")

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
+from scripts import in_forks
 from torch import nn
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -33,7 +34,7 @@ def in_processes(processes, tmp_path, work, *arguments):
     meeting = tmp_path / "rendezvous"
     meeting.unlink(missing_ok=True)  # that of an earlier call
     address = f"file://{meeting}"
-    torch.multiprocessing.spawn(start, (processes, address, work, *arguments), processes)
+    in_forks(start, processes, processes, address, work, *arguments)
 
 
 def whole(tensor):
