@@ -8,7 +8,8 @@ labelled batches, and other groupings of the same layers.
 
 Give one checkpoint for each seed of training; the table then shows means, lowest and highest.
 With --reconstruct 512 every model is also measured with its kept weights refitted on so many
-training images, without their labels: layer after layer, and each layer for itself.
+training images, without their labels: layer after layer, and each layer for itself. A row
+then says how many test images this gained and lost against one-shot, for paired tests.
 Writes one_shot.csv (every measurement), one_shot.md and one_shot.png to --output.
 """
 
@@ -25,13 +26,13 @@ import torch.nn.functional as F
 from images import (
     add_data_arguments,
     autocast,
-    count_correct,
     foreign_batches,
     open_splits,
     set_transforms,
     test_loader,
     training_loader,
     unlabelled_batches,
+    which_correct,
 )
 from methods import METHODS, SCORED, prune_to
 from models import add_model_kwargs_argument, fail, load_model, whole_or_not_at_all
@@ -47,6 +48,8 @@ PANELS = {
     "scores and rankings": ("dimap", "single", "uniform", "global", "gradient"),
     "groupings of the DIMAP score": ("dimap", "single", "per type", "per stage", "per block"),
 }
+
+WAYS = {"order": "in order", "itself": "each for itself"}
 
 
 def parse() -> argparse.Namespace:
@@ -67,6 +70,10 @@ def parse() -> argparse.Namespace:
         help=f"of {', '.join(METHODS)} (default: all)")
     add("--reconstruct", type=int, nargs="*", default=[], metavar="N",
         help="also refit the kept weights, on each of these numbers of images")
+    add("--damping", type=float, nargs="+", default=[0.01], metavar="D",
+        help="of these refits (default: 0.01)")
+    add("--ways", choices=WAYS, nargs="+", default=list(WAYS), metavar="WAY",
+        help="to refit: order, itself (default: both)")
     add("--images", choices=["train", "noise", "digits"], default="train",
         help="what to refit on: noise and digits are the wrong images (default: train)")
     add("--gradient-batches", type=int, default=8, metavar="N",
@@ -80,6 +87,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--amounts must lie between 0 and 1, found {options.amounts}")
     if min(options.gradient_batches, options.batch_size, *options.reconstruct, 1) < 1:
         parser.error("--gradient-batches, --batch-size and --reconstruct must be at least 1")
+    if min(options.damping) <= 0:
+        parser.error(f"--damping must be above 0, found {options.damping}")
     return options
 
 
@@ -115,11 +124,14 @@ def reconstructed(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield a pruned model as it is, then refitted in every way that is asked for."""
     yield "", pruned
-    for count, sequential in itertools.product(options.reconstruct, (True, False)):
+    for count, damping, way in itertools.product(
+        options.reconstruct, options.damping, options.ways
+    ):
         model = copy.deepcopy(pruned)
         images = calibration(train, test, count, options)
-        torch_dimap.reconstruct(model, images, sequential=sequential)
-        yield f", {'in order' if sequential else 'each for itself'}, {count} images", model
+        torch_dimap.reconstruct(model, images, sequential=way == "order", damping=damping)
+        damped = f", damping {damping:g}" if options.damping != [0.01] else ""
+        yield f", {WAYS[way]}, {count} images{damped}", model
 
 
 def importance_scores(
@@ -144,11 +156,15 @@ def compare(
 ) -> list[dict]:
     """Return a row for the dense model and one for every method and amount."""
 
-    def top1(model: nn.Module) -> float:
+    def right(model: nn.Module) -> Tensor:
         bar.update()
-        return 100 * count_correct(model, test, options) / len(test.dataset)
+        return which_correct(model, test, options)
 
-    rows = [{"method": "dense", "amount": 0.0, "parameters_removed": 0.0, "top1": top1(dense)}]
+    def top1(correct: Tensor) -> float:
+        return 100 * int(correct.sum()) / len(test.dataset)
+
+    rows = [{"method": "dense", "amount": 0.0, "parameters_removed": 0.0,
+             "top1": top1(right(dense))}]  # fmt: skip
     for method, amount in itertools.product(options.methods, options.amounts):
         pruned = copy.deepcopy(dense)
         set_seeds(options.seed)
@@ -156,8 +172,15 @@ def compare(
         prune_to(pruned, method, amount, scores)
         removed = 1 - torch_dimap.summarize(pruned).model.density
         for how, model in reconstructed(pruned, train, test, options):
-            rows.append({"method": method + how, "amount": amount,
-                         "parameters_removed": round(removed, 6), "top1": top1(model)})
+            correct = right(model)
+            row = {"method": method + how, "amount": amount,
+                   "parameters_removed": round(removed, 6), "top1": top1(correct)}  # fmt: skip
+            if not how:
+                one_shot = correct
+            else:
+                row["gained"] = int((correct & ~one_shot).sum())
+                row["lost"] = int((one_shot & ~correct).sum())
+            rows.append(row)
     return rows
 
 
@@ -223,7 +246,8 @@ def main() -> None:
     files = options.checkpoints or [None]
     about = provenance(options.device)
     rows: list[dict] = []
-    variants = len(options.methods) * len(options.amounts) * (1 + 2 * len(options.reconstruct))
+    refits = len(options.reconstruct) * len(options.damping) * len(options.ways)
+    variants = len(options.methods) * len(options.amounts) * (1 + refits)
     steps = len(files) * (1 + variants)
     with tqdm(total=steps, unit="test", desc="one-shot top-1") as bar:
         for i, file in enumerate(files):

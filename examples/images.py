@@ -211,7 +211,6 @@ def autocast(options: argparse.Namespace) -> torch.autocast:
     return torch.autocast(options.device, AMP[options.amp], enabled=options.amp != "none")
 
 
-@torch.no_grad()
 def count_correct(
     model: nn.Module, loader: DataLoader, options: argparse.Namespace, forwards: int = 0
 ) -> int:
@@ -219,12 +218,20 @@ def count_correct(
 
     Processes that share the weights of a sharded model must all make as many ``forwards``.
     """
+    return int(which_correct(model, loader, options, forwards).sum())
+
+
+@torch.no_grad()
+def which_correct(
+    model: nn.Module, loader: DataLoader, options: argparse.Namespace, forwards: int = 0
+) -> Tensor:
+    """Tell of each of the loader's images whether the model puts it first in its class."""
     model.eval()
-    correct = torch.zeros((), dtype=torch.long, device=options.device)
+    correct = []
     for images, labels in loader:
         with autocast(options):
             outputs = model(images.to(options.device, non_blocking=True))
-        correct += (outputs.argmax(1) == labels.to(options.device)).sum()
+        correct.append(outputs.argmax(1) == labels.to(options.device))
     for _ in range(forwards - len(loader)):
         model(images.to(options.device))
-    return int(correct)
+    return torch.cat(correct) if correct else torch.zeros(0, dtype=torch.bool)

@@ -130,3 +130,28 @@ def test_compare_writes_a_row_for_every_seed_method_and_amount(data, tmp_path, r
     assert table.strip() in capsys.readouterr().out
     lines = [line.split(" | ") for line in table.splitlines() if "–" in line]
     assert [line[0] for line in lines[1:]] == [f"| {method}" for method in methods.METHODS]
+
+
+def test_compare_says_what_a_refit_gains_and_loses(data, tmp_path, run):
+    torch.manual_seed(0)
+    torch.save(timm.create_model(SWIN, num_classes=2, **SMALL).state_dict(), tmp_path / "0.pth")
+    run(SWIN, "--checkpoints", tmp_path / "0.pth", "--model-kwargs", *KWARGS, "--data", data,
+        "--workers", 0, "--device", "cpu", "--batch-size", 8, "--methods", "dimap", "--amounts",
+        0.9, "--reconstruct", 8, "--damping", 0.01, 0.1, "--ways", "order", "--output",
+        tmp_path / "out")  # fmt: skip
+    with open(tmp_path / "out" / "one_shot.csv", newline="") as file:
+        _, one_shot, *refitted = csv.DictReader(file)
+    assert [row["method"] for row in refitted] == [
+        f"dimap, in order, 8 images, damping {damping:g}" for damping in (0.01, 0.1)
+    ]
+    images = sum(len(files) for _, _, files in os.walk(data / "validation"))
+    for row in refitted:
+        change = int(row["gained"]) - int(row["lost"])
+        assert 100 * change / images == pytest.approx(float(row["top1"]) - float(one_shot["top1"]))
+    assert not one_shot["gained"]
+
+
+def test_compare_refuses_a_damping_of_nothing(run, capsys):
+    with pytest.raises(SystemExit):
+        run(SWIN, "--pretrained", "--data", "nowhere", "--damping", 0)
+    assert "--damping must be above 0, found [0.0]" in capsys.readouterr().err
