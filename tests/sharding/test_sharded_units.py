@@ -19,6 +19,7 @@ import torch_dimap
 from torch_dimap import global_module_aware_structured, group_units
 
 SIZE = 32
+IMAGES = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
 
 
 def vit():
@@ -63,10 +64,6 @@ def same_masks(alone, other):
         assert torch.equal(expected[name], whole(found[name])), name
 
 
-def images(model):
-    return torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-
-
 def compare(name, way, path):
     alone = built(name)
     other = sharded(copy.deepcopy(alone), way)
@@ -78,7 +75,7 @@ def compare(name, way, path):
         assert results[0] == results[1]
         same_masks(alone, other)
         with torch.no_grad():
-            expected, found = (whole(model(images(model))) for model in (alone, other))
+            expected, found = (whole(model(IMAGES)) for model in (alone, other))
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="save_pruned"):
         torch_dimap.remove_units(other)
@@ -87,7 +84,7 @@ def compare(name, way, path):
     fresh = torch_dimap.load_pruned(built(name), path, masked=True)
     slim = torch_dimap.remove_units(fresh)
     with torch.no_grad():
-        torch.testing.assert_close(slim(images(slim)), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(slim(IMAGES), expected, atol=1e-5, rtol=1e-4)
 
 
 def all_of_it(folder):  # in one start of the processes, which takes most of the time
@@ -109,9 +106,8 @@ def random_units():
     masked = global_module_aware_structured(
         group_units(other), 0.3, multiple=1, pruning_method=prune.RandomUnstructured
     )
-    done = [int(whole(layer.read.mask).sum()) for layer in group_units(other)["heads"]]
     told = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (done, [m.kept for m in masked.values()]))
+    dist.all_gather_object(told, masked)
     assert told[0] == told[1]
     assert sum(x.pruned for x in masked.values()) == round(0.3 * 6) + round(0.3 * 384)
     for kind, layers in group_units(other).items():  # the parts of a unit in all processes
@@ -126,10 +122,11 @@ def budgets_and_wrong_calls():
         global_module_aware_structured(group_units(model), 0.4, multiple=4)
     left = [torch_dimap.summarize(model).to_dict() for model in (alone, other)]
     assert left[0] == left[1]
-    counted = torch_dimap.summarize(other, images(other))
+    counted = torch_dimap.summarize(other, IMAGES)
     assert counted.prunable.slim_flops is None and counted.prunable.flops.dense
-    with pytest.raises(ValueError, match="is sharded"):
-        torch_dimap.prune_units_to_flops(other, images(other), 0.6)
+    for call in (torch_dimap.prune_units_to_flops, torch_dimap.prune_units_to_latency):
+        with pytest.raises(ValueError, match=f"{call.__name__}.*is sharded"):
+            call(other, IMAGES, 0.6)
     before = {k: whole(v) for k, v in other.state_dict().items()}
     for first, rest in ((1.5, 0.5), (0.5, 0.25)):
         amount = rest if dist.get_rank() else first

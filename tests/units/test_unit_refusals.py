@@ -41,6 +41,13 @@ STAY = {
 }
 
 
+def test_heads_of_another_number_than_their_width_says_stay(vit):
+    vit.blocks[0].attn.num_heads //= 2  # as tensor-parallel plans have it: those of one process
+    with pytest.warns(UserWarning, match=r"blocks.0.attn \(heads\): its heads are 8 wide"):
+        heads = group_units(vit)["heads"]
+    assert [layer.name for layer in heads] == ["blocks.1.attn", "blocks.2.attn"]
+
+
 @pytest.mark.parametrize("name", STAY)
 def test_group_units_names_what_stays(name):
     with torch.device("meta"):

@@ -53,6 +53,7 @@ def count_savings(
     caller: str,
 ) -> tuple[int, dict[UnitLayer, int]]:
     """Count a model's multiply-adds, and how many each layer saves if it keeps only so much."""
+    refuse_sharded(model.named_parameters(), caller)  # of which there are no smaller copies
     names = names_in(model, keeps, caller)
     inputs = arguments_for(model, inputs, caller)
     whole = flops_by_module(model, inputs)
@@ -80,7 +81,6 @@ def names_in(model: nn.Module, layers: Iterable[UnitLayer], caller: str) -> list
 
 def slim_copy(model: nn.Module, keeps: Mapping[UnitLayer, Tensor]) -> nn.Module:
     """Copy a model, bake the copy's masks, and cut it down to the units that are to stay."""
-    refuse_sharded(model.named_parameters(), "slim_copy()")
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     put_back = snapshot(modules)
     try:

@@ -25,7 +25,6 @@ from torch_dimap.sharding import (
     layout_of,
     local_of,
     processes_of,
-    refuse_unlike_replicas,
     spread,
 )
 
@@ -99,7 +98,6 @@ def _choose_together(
     names = [f"{caller}: {layer.label}" for layer in layers]
     first = processes.rank == 0
     layouts = [layout_of(x.parameter, first, name) for x, name in zip(layers, names)]
-    refuse_unlike_replicas([x.parameter for x in layers], parts, layouts, names, processes)
     on_cpu = all(part.device.type == "cpu" for part in parts)
     with threaded_map(sum(part.numel() > CPU_BLOCK for part in parts), on_cpu) as map_:
         held = [

@@ -19,6 +19,7 @@ from torch_dimap.sharding import (
     local_of,
     managed_names,
     processes_of,
+    refuse_unlike_replicas,
     rest_sharded,
 )
 from torch_dimap.text import name_some
@@ -223,7 +224,12 @@ def check_values(
         values = _check_values(groups, importance_scores, caller)
         return values, _description(layers, importance_scores)
 
-    return agree(processes, check, caller)
+    values = agree(processes, check, caller)
+    if processes is not None:
+        names = [f"{caller}: {layer.label}" for layer in layers]
+        parts = [part for of_group in values.values() for part in of_group]
+        refuse_unlike_replicas([x.parameter for x in layers], parts, names, processes)
+    return values
 
 
 def _description(layers: list[Layer], scores: Scores | None) -> object:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_dimap.selection.reading import DEVICE_BLOCK, Blocks, Scratch, magnitude_of
+from torch_dimap.selection.reading import Blocks, Scratch, magnitude_of
 from torch_dimap.selection.runs import Runs
 
 BAND = 256  # binary orders of magnitude whose squares float64 holds together
@@ -113,7 +113,7 @@ def exact_energy(blocks: Blocks, above: float) -> Fraction:
             energy += sum_of_squares(inside.cpu().numpy())
         else:
             wide = scratch.take("wide", inside, torch.float64).copy_(inside).square_()
-            energy += sum(map(_sum, wide.split(IN_CACHE if wide.is_cpu else DEVICE_BLOCK)))
+            energy += sum(map(_sum, wide.split(IN_CACHE) if wide.is_cpu else [wide]))
     return energy
 
 

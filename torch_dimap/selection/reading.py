@@ -136,7 +136,7 @@ def magnitude_of(
     """Return the magnitudes of one block, -1 where nothing may be chosen."""
     scratch = scratch or Scratch()
     magnitude = torch.abs(values, out=scratch.take("magnitude", values))
-    if chooseable is not None:  # by bits: torch.where takes five times as long on the CPU
+    if chooseable is not None:  # by bits: torch.where is far slower on the CPU
         bits = magnitude.view(INTEGERS[magnitude.itemsize])
         keep = scratch.take("keep", bits).copy_(chooseable).neg_()  # all bits, or none
         bits.bitwise_and_(keep)

@@ -8,18 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_dimap.sharding.layout import Layout, is_sharded, local_of
+from torch_dimap.sharding.layout import is_sharded, layout_of
 from torch_dimap.sharding.processes import Processes
 from torch_dimap.text import name_some
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an entry
 _PRIME = (1 << 24) - 3  # so that sums over any number of processes stay whole in float64
 
 
 def refuse_unlike_replicas(
     tensors: Sequence[Tensor],
     values: Sequence[Tensor],
-    layouts: Sequence[Layout],
     names: Sequence[str],
     processes: Processes,
 ) -> None:
@@ -30,7 +28,6 @@ def refuse_unlike_replicas(
     Args:
         tensors: the weights, sharded or whole in every process.
         values: what they are ranked by; the parts that are here.
-        layouts: of the weights.
         names: of the weights, for the error.
         processes: those that make the call.
 
@@ -41,7 +38,8 @@ def refuse_unlike_replicas(
     if not held:  # the same in all processes, so none waits
         return
     own = np.array([float(_digest(values[i])) for i in held])
-    counts = np.array([float(layouts[i].counts) for i in held])
+    first = processes.rank == 0
+    counts = np.array([float(layout_of(tensors[i], first, names[i]).counts) for i in held])
     told = processes.add(np.concatenate([own, own * counts, np.ones_like(own), counts]))
     # Each part has as many holders as any other one of its tensor.
     everywhere, of_first, holders, parts = told.reshape(4, -1)
@@ -61,5 +59,5 @@ def _is_replicated(tensor: Tensor) -> bool:
 
 
 def _digest(part: Tensor) -> int:
-    bits = local_of(part).contiguous().view(_INTEGERS[part.itemsize])
+    bits = part.detach().reshape(-1).view(torch.int16)  # of all dtypes that can be ranked
     return int(bits.sum(dtype=torch.int64)) % _PRIME

@@ -18,6 +18,8 @@ UnitRule = Callable[[str, nn.Module], Iterable[UnitLayer]]
 # The groups of group_parameters, by what their units are.
 KIND_OF = {"qkv": HEADS, "proj": HEADS, "mlp": NEURONS}
 KNOWN = {*ATTENTIONS, *MLPS}
+# What attentions call the width of a head. The number of heads alone may be that of one process.
+HEAD_WIDTHS = ("head_dim", "attention_head_size")
 
 
 def group_units(model: nn.Module, rule: UnitRule | None = None) -> dict[str, list[UnitLayer]]:
@@ -178,6 +180,9 @@ def _describe(name: str, kind: str, module: nn.Module, row: Row) -> UnitLayer:
                 obstacles.append(f"{path} does not hold {blocks} x {units} of them")
             parts.append(Part(part.module, part.name, dim, blocks, entries, masked))
     parts.append(read._replace(entries=columns // (row.columns * max(1, units))))
+    widths = [getattr(module, name, None) for name in HEAD_WIDTHS if kind == HEADS]
+    for width in (x for x in widths if isinstance(x, int) and x * units != columns):
+        obstacles.append(f"its heads are {width} wide, and {columns} columns do not hold {units}")
     attributes = []
     for path, per_unit, place in row.numbers(columns // max(1, units)):
         holder, _, attribute = path.rpartition(".")
