@@ -305,6 +305,19 @@ def test_fuzz_pickles(tmp_path, data):
     read_or_refuse(broken)
 
 
+def test_a_directory_that_points_before_the_file_is_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"a.weight": torch.ones(3, 5)}, path)
+    content = bytearray(path.read_bytes())
+    place = content.rfind(b"PK\x06\x06") + 48  # of the number that says where the directory begins
+    begin = int.from_bytes(content[place : place + 8], "little")
+    content[place : place + 8] = (begin + 5000).to_bytes(8, "little")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="a.pth must be a checkpoint"):
+        with open_weights(path):
+            pass
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -32,9 +33,10 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
         try:
             mapped = _can_be_mapped(file)
             saved = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        except OSError:
-            raise
         except Exception as error:  # torch, pickle and zipfile each have their own
+            # A damaged directory may send zipfile to a place before the file's begin.
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
             raise ValueError(_what_is_wrong(file, error)) from error
     found = find_state_dict(saved, str(file))
     return {name: check_plain(value, f"{file}: {name!r}") for name, value in found.items()}
