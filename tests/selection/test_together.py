@@ -106,7 +106,8 @@ def select_together(weights, masks, groups, counts, processes, rng):
         own = [None if m is None else m.reshape(-1)[torch.from_numpy(at)]
                for m, at in zip(masks, places)]  # fmt: skip
         blocks = list(map(blocks_of, parts, own))
-        flat = read_together(blocks, [f"weight {i}" for i in range(len(weights))], exchange)
+        dtypes, names = zip(*((x.dtype, f"weight {i}") for i, x in enumerate(weights)))
+        flat = read_together(blocks, dtypes, names, exchange)
         results = find_cuts_together(
             [[flat[i] for i in group] for group in groups],
             [[weights[i].dtype for i in group] for group in groups], counts, exchange,
@@ -200,7 +201,7 @@ def test_what_is_not_finite_in_one_part_is_refused_by_all():
     def work(exchange, rank):
         part = torch.tensor([1.0, float("nan") if rank == 1 else 2.0])
         with pytest.raises(ValueError, match="the weight holds NaN or infinite"):
-            read_together([blocks_of(part, None)], ["the weight"], exchange)
+            read_together([blocks_of(part, None)], [part.dtype], ["the weight"], exchange)
         return True
 
     assert all(in_threads(3, work)[0])

@@ -104,9 +104,9 @@ def _choose_together(
             Held(blocks, layout, layout.counts)
             for blocks, layout in zip(map(blocks_of, parts, masks), layouts)
         ]
-        weights = iter(
-            read_together([x.blocks if x.counts else tuple for x in held], names, processes, map_)
-        )
+        counting = [x.blocks if x.counts else tuple for x in held]
+        dtypes = [part.dtype for part in parts]
+        weights = iter(read_together(counting, dtypes, names, processes, map_))
         results = find_cuts_together(
             [[next(weights) for _ in groups[group]] for group in counts],
             [[value.dtype for value in values[group]] for group in counts],

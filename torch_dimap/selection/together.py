@@ -55,17 +55,22 @@ Result = tuple[list[Cut], float]
 
 
 def read_together(
-    blocks: Sequence[Blocks], labels: Sequence[str], exchange: Exchange, map_: Map = map
+    blocks: Sequence[Blocks],
+    dtypes: Sequence[torch.dtype],
+    labels: Sequence[str],
+    exchange: Exchange,
+    map_: Map = map,
 ) -> list[FlatWeight]:
     """Read weights of which each process holds a part; all raise unless all is finite.
 
     Args:
         blocks: of the parts here; none where another process holds the same part.
+        dtypes: theirs.
         labels: what to call each weight in an error.
     """
     here = list(map_(read_part, blocks))
     own = np.array([x.scale for x in here])
-    scale = exchange.least(own)
+    scale = exchange.least(own) if torch.float64 in dtypes else np.ones(len(own))
     with np.errstate(invalid="ignore"):
         energy = np.where(np.isinf(own), 0.0, scale / own) ** 2 * [x.energy for x in here]
     told = exchange.add(np.append([(x.size, x.chooseable) for x in here], energy))

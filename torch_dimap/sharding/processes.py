@@ -19,6 +19,9 @@ from torch_dimap.sharding.layout import is_sharded
 T = TypeVar("T")
 P = TypeVar("P", bound=tuple)
 
+LENGTH = 8  # bytes that tell how many follow
+FIRST = 1 << 8  # that travel with them: all of most messages, which then need no second exchange
+
 
 class Processes:
     """Those that hold parts of the same tensors. All must make the same calls, in order.
@@ -70,17 +73,19 @@ class Processes:
         return own.cpu().numpy()
 
     def _gather_bytes(self, data: bytes) -> list[bytes]:
-        own = torch.tensor([len(data)], device=self._device)
-        sizes = [int(size) for size in self._gather(own)]
-        padded = torch.zeros(max(sizes), dtype=torch.uint8)
-        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        told = self._gather(padded.to(self._device))
-        return [x[:size].cpu().numpy().tobytes() for x, size in zip(told, sizes)]
+        told = self._gather(len(data).to_bytes(LENGTH, "little") + data[:FIRST], LENGTH + FIRST)
+        sizes = [int.from_bytes(x[:LENGTH], "little") for x in told]
+        rest = max(sizes) - FIRST
+        more = self._gather(data[FIRST:], rest) if rest > 0 else [b""] * self.processes
+        return [(x[LENGTH:] + y)[:size] for x, y, size in zip(told, more, sizes)]
 
-    def _gather(self, own: Tensor) -> list[Tensor]:
+    def _gather(self, data: bytes, size: int) -> list[bytes]:
+        """Return what each process has given, all filled up to one size."""
+        own = torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
+        own = own.to(self._device)
         parts = [torch.empty_like(own) for _ in range(self.processes)]
         dist.all_gather(parts, own, group=self._group)
-        return parts
+        return [part.cpu().numpy().tobytes() for part in parts]
 
 
 def agree(
