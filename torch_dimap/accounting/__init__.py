@@ -1,6 +1,6 @@
 """What is left, what does it cost, how does it look?"""
 
-from torch_dimap.accounting.flops import FlopCount, Flops, count_flops, weighted_flops
+from torch_dimap.accounting.flops import FlopCount, Flops, count_flops, weigh, weighted_flops
 from torch_dimap.accounting.inputs import Inputs, arguments_for
 from torch_dimap.accounting.plots import plot_density, plot_histograms, plot_masks, plot_units
 from torch_dimap.accounting.summary import Summary, summarize
@@ -24,5 +24,6 @@ __all__ = [
     "plot_units",
     "slim_copy",
     "summarize",
+    "weigh",
     "weighted_flops",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,7 +109,20 @@ def count_flops(
     groups = find_layers_in(model, parameters, "count_flops()")
     inputs = arguments_for(model, inputs, "count_flops()")
     layers = [layer for members in groups.values() for layer in members]
-    total, dense = _trace(model, inputs, layers, op_handles or {}, progress)
+    return weigh(*_trace(model, inputs, layers, op_handles or {}, progress), groups)
+
+
+def weigh(
+    total: int, dense: Mapping[str, int], groups: Mapping[str, Sequence[Layer]]
+) -> FlopCount:
+    """Weight the multiply-adds of a dense forward by the density that layers have now.
+
+    Args:
+        total: of all the model.
+        dense: of each layer, by its label.
+        groups: group -> layers, masked or baked.
+    """
+    layers = [layer for members in groups.values() for layer in members]
     counts = count_nonzero([layer.weight for layer in layers], "count_flops()")
     kept = {layer.label: count for layer, count in zip(layers, counts)}
     size = {layer.label: layer.parameter.numel() for layer in layers}

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from torch_dimap.accounting import summarize
+from torch_dimap.accounting import count_flops, summarize, weigh
 from torch_dimap.command.models import build
-from torch_dimap.masking import global_module_aware_unstructured, group_parameters
+from torch_dimap.masking import find_layers_in, global_module_aware_unstructured, group_parameters
 
 # Size -> amount -> what the paper prints: parameters kept in millions, and in per cent
 # what went of the parameters and of the FLOPs. The paper calls the amounts DIMAP1 to 3.
@@ -82,12 +82,16 @@ def table1(sizes: Iterable[str] = tuple(PAPER), pretrained: bool = False) -> lis
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = build(f"swin_{size}_patch4_window7_224.ms_in1k", pretrained)
+        count = count_flops(model, torch.zeros(1, 3, 224, 224))
+        dense = {label: of_layer.dense for label, of_layer in count.layers.items()}
         for amount in PAPER[size]:
             pruned = copy.deepcopy(model)
             global_module_aware_unstructured(group_parameters(pruned), amount=amount)
-            whole = summarize(pruned, torch.zeros(1, 3, 224, 224)).model
+            flops = weigh(count.dense, dense, find_layers_in(pruned, None, "table1()"))
+            whole = summarize(pruned).model
             kept = whole.weights - whole.zeros
-            rows.append(Table1Row(size, amount, whole.weights, kept, *(whole.flops or ())))
+            counts = flops.dense, flops.masked, flops.uniform
+            rows.append(Table1Row(size, amount, whole.weights, kept, *counts))
     return rows
 
 
