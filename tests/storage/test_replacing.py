@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import make_swin
-from test_streaming import save
+from state_files import save
 
 from torch_dimap import expand_checkpoint, load_pruned, prune_checkpoint
 from torch_dimap.storage import replacing

@@ -33,14 +33,13 @@ from torch_dimap.masking.readers import (
 from torch_dimap.masking.targets import (
     SINGLE_GROUP,
     Parameters,
-    Scores,
     check_layer,
-    check_values,
     find_layers,
     find_layers_in,
     refuse_taken_names,
 )
 from torch_dimap.masking.trials import stand_in_for_shards, untouched
+from torch_dimap.masking.values import Scores, check_values
 
 __all__ = [
     "SINGLE_GROUP",

@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from torch_dimap.masking.layers import Layer
-from torch_dimap.masking.targets import Parameters, Scores, check_values, find_layers
+from torch_dimap.masking.targets import Parameters, find_layers
+from torch_dimap.masking.values import Scores, check_values
 from torch_dimap.sharding import agree, processes_of, rest_sharded, tied_names
 
 

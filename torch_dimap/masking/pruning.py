@@ -18,7 +18,7 @@ from torch_dimap.masking.layers import Layer, Pair, pruned_tensors, refuse_shard
 from torch_dimap.masking.method import DimapUnstructured
 from torch_dimap.masking.readers import hold, known_readers, release
 from torch_dimap.masking.sharded import stop_dropping
-from torch_dimap.masking.targets import Scores
+from torch_dimap.masking.values import Scores
 from torch_dimap.selection import check_finite
 from torch_dimap.sharding import agree, managed_names, processes_of
 from torch_dimap.text import warn_of_empty
