@@ -786,3 +786,14 @@ def test_a_subclass_with_a_ranking_of_its_own_is_asked_for_it(net):
 def test_a_layer_left_without_weights_warns_once(net):
     with pytest.warns(UserWarning, match=r"no weight is left in parameters\[0\] \(Linear.weight\)"):
         global_module_aware_unstructured([(net[0], "weight")], amount=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_default_device_does_not_matter(net, dtype):
+    other = copy.deepcopy(net.to(dtype))
+    for model, device in ((net, "cpu"), (other, "meta")):
+        for amount in (0.3, 0.5):  # dense, then masked
+            with torch.device(device):
+                global_module_aware_unstructured(pairs_of(model), amount=amount)
+    for one, two in zip(pairs_of(net), pairs_of(other)):
+        assert torch.equal(one[0].weight_mask, two[0].weight_mask)

@@ -117,7 +117,10 @@ def unlike_calls():
     sharded = fully_shard(Blocks([(12, 12), (12, 12)]))
     pairs = pairs_of(sharded)
     scores = {pair: torch.ones(12, 12) for pair in pairs}
-    for mine, own in ((pairs[:: [1, -1][rank]], None), (pairs, [None, scores][rank])):
+    wide = {pair: own.to([torch.float32, torch.float64][rank]) for pair, own in scores.items()}
+    for mine, own in (
+        (pairs[:: [1, -1][rank]], None), (pairs, [None, scores][rank]), (pairs, wide)
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="make the same call"):
             global_module_aware_unstructured(mine, importance_scores=own, amount=0.5)
     if rank:
@@ -166,7 +169,9 @@ def unlike_replicas():
     sharded = fully_shard(nn.Linear(8, 6), mesh=mesh)
     replicated.weight = nn.Parameter(distribute_tensor(plain.weight.data, mesh, [Replicate()]))
     pairs = [(module, "weight") for module in (plain, replicated, sharded)]
-    global_module_aware_unstructured(pairs, amount=0.2)
+    column = nn.Linear(1, 16)
+    column.weight = nn.Parameter(torch.randn(16, 4)[:, 1:2])  # its entries lie apart
+    global_module_aware_unstructured([*pairs, (column, "weight")], amount=0.2)
     for module, name in ((plain, r"\[0\]"), (replicated, r"\[1\]")):
         weight = module.weight_orig.detach()
         with torch.no_grad():
@@ -175,6 +180,13 @@ def unlike_replicas():
             global_module_aware_unstructured(pairs, amount=0.2)
         with torch.no_grad():
             (weight.to_local() if module is replicated else weight)[0, 0] = 1.0
+    with torch.no_grad():  # the same entries, in another order
+        here = replicated.weight_orig.to_local()
+        here[1] = here[1].roll(dist.get_rank())
+    with pytest.raises(ValueError, match=r"\[1\].*same values"):
+        global_module_aware_unstructured(pairs, amount=0.2)
+    with torch.no_grad():
+        here[1] = 1.0
     global_module_aware_unstructured(pairs, amount=0.2)
 
 

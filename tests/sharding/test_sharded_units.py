@@ -137,3 +137,39 @@ def budgets_and_wrong_calls():
     after = {k: whole(v) for k, v in other.state_dict().items()}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def gathered():
+    """A forward leaves the parameters of the outermost module whole in every process."""
+    rank = dist.get_rank()
+    model = fully_shard(built("vit"))
+    model(IMAGES)
+    torch.manual_seed(rank)
+    neurons = group_units(model)["neurons"]
+    with pytest.raises(ValueError, match="make the same call"):
+        global_module_aware_structured(neurons, [0.25, 0.5][rank], multiple=1)
+    for wrong, error in (([], "is empty"), (neurons * 2, "listed twice"), (["fc1"], "unit layers")):
+        listed = {"neurons": neurons, "more": wrong} if rank else {"neurons": neurons}
+        with pytest.raises((TypeError, ValueError), match=error):
+            global_module_aware_structured(listed, 0.5)
+    model(IMAGES)
+    done = global_module_aware_structured(
+        iter(neurons), 0.5, multiple=1, pruning_method=prune.RandomUnstructured
+    )
+    for name, mlp in ((f"blocks.{i}.mlp", block.mlp) for i, block in enumerate(model.blocks)):
+        into, out = whole(mlp.fc1.weight_mask), whole(mlp.fc2.weight_mask)
+        assert torch.equal(into, into[:, :1].expand_as(into))
+        assert torch.equal(out, into[:, 0].expand_as(out))
+        assert int(into[:, 0].sum()) == done["all"].kept[name]
+    model(IMAGES)
+    for call in (
+        lambda: torch_dimap.prune_units_to_latency(model, IMAGES, 0.5),
+        lambda: torch_dimap.prune_units_to_flops(model, IMAGES, 0.5),
+        lambda: torch_dimap.reconstruct(model, [IMAGES]),
+    ):
+        with pytest.raises(ValueError, match="is sharded"):
+            call()
+
+
+def test_gathered_models_are_masked_or_refused_as_sharded_ones(tmp_path):
+    in_processes(2, tmp_path, gathered)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_dimap.accounting.flops import flops_by_module
 from torch_dimap.accounting.inputs import Inputs, arguments_for
-from torch_dimap.masking import pruning_methods, refuse_sharded, remove_all, snapshot
+from torch_dimap.masking import pruning_methods, refuse_sharded_model, remove_all, snapshot
 from torch_dimap.units import UnitLayer, cut_units
 
 
@@ -53,7 +53,7 @@ def count_savings(
     caller: str,
 ) -> tuple[int, dict[UnitLayer, int]]:
     """Count a model's multiply-adds, and how many each layer saves if it keeps only so much."""
-    refuse_sharded(model.named_parameters(), caller)  # of which there are no smaller copies
+    refuse_sharded_model(model, caller)  # of which there are no smaller copies
     names = names_in(model, keeps, caller)
     inputs = arguments_for(model, inputs, caller)
     whole = flops_by_module(model, inputs)

@@ -14,7 +14,7 @@ from torch_dimap.accounting import Inputs, arguments_for, names_in, slim_copy
 from torch_dimap.budgets.smallest import smallest
 from torch_dimap.budgets.timing import compare_times
 from torch_dimap.budgets.unit_budgets import Search, Units, plan_search
-from torch_dimap.masking import DimapUnstructured, refuse_sharded
+from torch_dimap.masking import DimapUnstructured, refuse_sharded_model
 from torch_dimap.units import KeptUnits, group_units, plan_units
 
 CALL = "prune_units_to_latency()"
@@ -99,7 +99,7 @@ def prune_units_to_latency(
             "would be timed without it: pass the module that it wraps."
         )
     inputs = arguments_for(model, inputs, CALL)
-    refuse_sharded(model.named_parameters(), CALL)  # of which there are no smaller copies
+    refuse_sharded_model(model, CALL)  # of which there are no smaller copies
     listed = group_units(model) if units is None else units
     plan = plan_units(listed, importance_scores, minimum, multiple, DimapUnstructured, CALL)
     search = plan_search(plan, fixed, STEPS)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from torch_dimap.learning.single_path_costs import find_mlps
-from torch_dimap.masking import all_or_nothing, refuse_sharded
+from torch_dimap.masking import all_or_nothing, refuse_sharded_model
 from torch_dimap.operations import find_sites, replace_attentions
 from torch_dimap.text import name_some
 from torch_dimap.units import mask_units
@@ -67,7 +67,7 @@ def apply_single_path(
             f"{caller}: choices.neurons must hold a tensor of flags for each MLP, found others for "
             f"{name_some(flags)}."
         )
-    refuse_sharded(model.named_parameters(), caller)
+    refuse_sharded_model(model, caller)
     sites = find_sites(model, caller)
     layers = find_mlps(model, sites, caller)
     wrong = [

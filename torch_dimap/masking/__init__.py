@@ -2,6 +2,7 @@
 
 from torch_dimap.masking.amounts import amounts_by_group, check_amount, count_to_prune, warn_of_few
 from torch_dimap.masking.attaching import all_or_nothing, attach, bake, snapshot
+from torch_dimap.masking.checked import listed
 from torch_dimap.masking.choice import choose_masks, left_of, unpruned_by_group
 from torch_dimap.masking.grouping import Rule, builtin_rule, group_parameters, unwrapped_name
 from torch_dimap.masking.layers import (
@@ -12,6 +13,7 @@ from torch_dimap.masking.layers import (
     pruned_tensors,
     pruning_methods,
     refuse_sharded,
+    refuse_sharded_model,
 )
 from torch_dimap.masking.method import DimapUnstructured
 from torch_dimap.masking.pruning import (
@@ -71,12 +73,14 @@ __all__ = [
     "hold_masks",
     "is_never_called",
     "known_readers",
+    "listed",
     "left_of",
     "note_readers",
     "prune_layers",
     "pruned_tensors",
     "pruning_methods",
     "refuse_sharded",
+    "refuse_sharded_model",
     "refuse_taken_names",
     "release",
     "remove_all",

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor, nn
 
 from torch_dimap.masking.layers import Layer
 from torch_dimap.masking.targets import Parameters, find_layers
 from torch_dimap.masking.values import Scores, check_values
-from torch_dimap.sharding import agree, processes_of, rest_sharded, tied_names
+from torch_dimap.sharding import processes_of, refuse_everywhere, rest_sharded, tied_names
 
 
 def find_checked(
     parameters: Parameters, importance_scores: Scores | None, caller: str
 ) -> tuple[dict[str, list[Layer]], dict[str, list[Tensor]]]:
     """Return by group the layers of a call, and what to rank them by, see ``check_values``."""
-    listed: Any = _listed(parameters)
-    if isinstance(parameters, Mapping):
-        listed = {group: _listed(pairs) for group, pairs in parameters.items()}
+    parameters = listed(parameters)
     try:
-        groups = find_layers(listed, caller)
+        groups = find_layers(parameters, caller)
         _refuse_tied([x for layers in groups.values() for x in layers], caller)
     except Exception as error:
-        failure = error
-
-        def fail() -> NoReturn:
-            raise failure
-
         # The others are at the checks of check_values, and learn of it there.
-        agree(processes_of(_parameters_in(listed), caller), fail, caller)
-        raise
+        refuse_everywhere(processes_of(_parameters_in(parameters), caller), error, caller)
     return groups, check_values(groups, importance_scores, caller)
 
 
@@ -45,9 +37,11 @@ def _refuse_tied(layers: list[Layer], caller: str) -> None:
             )
 
 
-def _listed(pairs: Any) -> Any:
-    """Keep what can be read only once."""
-    return list(pairs) if isinstance(pairs, Iterator) else pairs
+def listed(given: Any) -> Any:
+    """Keep what can be read only once: what was given, or what of it belongs to each group."""
+    if isinstance(given, Mapping):
+        return {group: listed(members) for group, members in given.items()}
+    return list(given) if isinstance(given, Iterator) else given
 
 
 def _parameters_in(parameters: Any) -> Iterator[Tensor]:

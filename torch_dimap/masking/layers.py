@@ -120,6 +120,12 @@ def refuse_sharded(
             )
 
 
+def refuse_sharded_model(model: nn.Module, caller: str) -> None:
+    """Raise if this process holds only a part of a model, also where a forward has gathered it."""
+    rest_sharded(model.modules())
+    refuse_sharded(model.named_parameters(), caller)
+
+
 def computed_by(module: nn.Module, name: str) -> tuple[str, str] | None:
     """Name what computes a tensor from other parameters, and torch's function to end that."""
     if parametrize.is_parametrized(module, name):

@@ -51,14 +51,15 @@ def _description(layers: list[Layer], scores: Scores | None) -> object:
 
     The same list in another order is another call: ``fully_shard`` knows an order of its own.
     """
+    given = [None if scores is None else scores[x.module, x.name] for x in layers]
     order = {place: i for i, place in enumerate(managed_names(x.module for x in layers))}
     return [
         (
             x.label, tuple(x.parameter.shape), str(x.parameter.dtype), x.method is None,
             order.get((x.module, x.name if x.method is None else f"{x.name}_orig")),
-            scores is None or scores[x.module, x.name] is None,
+            own is None or str(own.dtype),
         )
-        for x in layers
+        for x, own in zip(layers, given)
     ]  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from torch_dimap.reconstruction.refitting import Misfit, Refit, gather
 from torch_dimap.reconstruction.steps import Swap, Trace, note_last_users, trace
 from torch_dimap.reconstruction.streams import Stream, dense_weights, other_values, steps_hold
 from torch_dimap.reconstruction.watching import bias_of
+from torch_dimap.sharding import rest_sharded
 from torch_dimap.text import name_some, warn
 
 CALLER = "reconstruct()"
@@ -190,6 +191,7 @@ def study(
 def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{CALLER}: model must be an nn.Module, found {type(model).__name__}.")
+    rest_sharded(model.modules())
     if groups is not None:
         listed = [x for layers in find_layers_in(model, groups, CALLER).values() for x in layers]
     else:

@@ -140,7 +140,7 @@ def magnitude_of(
         bits = magnitude.view(INTEGERS[magnitude.itemsize])
         keep = scratch.take("keep", bits).copy_(chooseable).neg_()  # all bits, or none
         bits.bitwise_and_(keep)
-        minus_one = torch.tensor(-1.0, dtype=values.dtype).view(bits.dtype).item()
+        minus_one = torch.tensor(-1.0, dtype=values.dtype, device="cpu").view(bits.dtype).item()
         bits.bitwise_or_(keep.bitwise_not_().bitwise_and_(minus_one))
     return magnitude
 
@@ -190,7 +190,7 @@ def greater(magnitude: Tensor, than: float, out: Tensor | None = None) -> Tensor
     numbers, bound = magnitude, than
     if magnitude.itemsize == 2:  # NumPy would be slow or has no such type: the bits order alike
         numbers = magnitude.view(torch.int16)
-        bound = torch.tensor(than, dtype=magnitude.dtype).view(torch.int16).item()
+        bound = torch.tensor(than, dtype=magnitude.dtype, device="cpu").view(torch.int16).item()
     flags = np.greater(numbers.numpy(), bound, out=None if out is None else out.numpy())
     return torch.from_numpy(flags)
 

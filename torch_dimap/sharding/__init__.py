@@ -19,7 +19,7 @@ from torch_dimap.sharding.layout import (
     whole_of,
 )
 from torch_dimap.sharding.lending import Whole, lend_to_first
-from torch_dimap.sharding.processes import Processes, agree, processes_of
+from torch_dimap.sharding.processes import Processes, agree, processes_of, refuse_everywhere
 from torch_dimap.sharding.replicas import refuse_unlike_replicas
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "managed_names",
     "part_like",
     "processes_of",
+    "refuse_everywhere",
     "refuse_unlike_replicas",
     "rename",
     "rest_sharded",

@@ -7,7 +7,7 @@ import hashlib
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -124,6 +124,16 @@ def agree(
             f"one in process {different[0]} than in the first: call it alike everywhere."
         )
     return result  # type: ignore[return-value]
+
+
+def refuse_everywhere(processes: Processes | None, error: Exception, caller: str) -> NoReturn:
+    """Raise an error in all processes, of which the others are at a check by :func:`agree`."""
+
+    def fail() -> NoReturn:
+        raise error
+
+    agree(processes, fail, caller)
+    raise error
 
 
 def processes_of(tensors: Iterable[Tensor], caller: str) -> Processes | None:

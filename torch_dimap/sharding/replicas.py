@@ -12,6 +12,7 @@ from torch_dimap.sharding.layout import is_sharded, layout_of
 from torch_dimap.sharding.processes import Processes
 from torch_dimap.text import name_some
 
+_PLACES = 1021  # that are told apart; rows of weights seldom have a length that it divides
 _PRIME = (1 << 24) - 3  # so that sums over any number of processes stay whole in float64
 
 
@@ -23,7 +24,7 @@ def refuse_unlike_replicas(
 ) -> None:
     """Raise in all processes if replicas differ, of which only the first would count.
 
-    What tells is the sum of the entries' bits.
+    What tells is a sum of the entries' bits, each times a number that its place gives.
 
     Args:
         tensors: the weights, sharded or whole in every process.
@@ -59,5 +60,10 @@ def _is_replicated(tensor: Tensor) -> bool:
 
 
 def _digest(part: Tensor) -> int:
-    bits = part.detach().reshape(-1).view(torch.int16)  # of all dtypes that can be ranked
-    return int(bits.sum(dtype=torch.int64)) % _PRIME
+    whole = part.detach().reshape(-1).contiguous()
+    bits = whole.view(torch.int16)  # of all dtypes that can be ranked
+    rest = len(bits) % _PLACES
+    sums = bits[: len(bits) - rest].view(-1, _PLACES).sum(0, dtype=torch.int64)
+    sums[:rest] += bits[len(bits) - rest :]
+    place = torch.arange(1, _PLACES + 1, device=sums.device)
+    return int((sums * place).sum()) % _PRIME

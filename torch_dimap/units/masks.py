@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_dimap.masking import SINGLE_GROUP, DimapUnstructured, amounts_by_group, count_to_prune
+from torch_dimap.masking import (
+    SINGLE_GROUP,
+    DimapUnstructured,
+    amounts_by_group,
+    count_to_prune,
+    listed,
+)
 from torch_dimap.selection import check_finite, dimap_scores
-from torch_dimap.sharding import Processes, agree, processes_of
+from torch_dimap.sharding import (
+    Processes,
+    agree,
+    processes_of,
+    refuse_everywhere,
+    rest_sharded,
+)
 from torch_dimap.units.attaching import mask_units, maskable_parts
 from torch_dimap.units.choice import LayerScores, choose_units, most_units
 from torch_dimap.units.description import NEURONS, UnitLayer
@@ -162,7 +174,15 @@ def plan_units(
     caller: str,
 ) -> UnitPlan:
     """Check and rank units; the arguments are those of the public call."""
-    groups = check_units(units, caller)
+    units = listed(units)
+    found = list(_unit_layers_in(units))
+    rest_sharded(part.module for layer in found for part in layer.parts)
+    try:
+        groups = check_units(units, caller)
+    except Exception as error:
+        # The others are at the check below, and learn of it there.
+        held = processes_of((part.tensor for layer in found for part in layer.parts), caller)
+        refuse_everywhere(held, error, caller)
     layers = [layer for of_group in groups.values() for layer in of_group]
     processes = processes_of((part.tensor for x in layers for part in x.parts), caller)
 
@@ -182,6 +202,13 @@ def plan_units(
     return UnitPlan(caller, groups, scores, minimum, processes)
 
 
+def _unit_layers_in(units: Any) -> Iterator[UnitLayer]:
+    """Yield the unit layers in what may hold other things too."""
+    for layers in units.values() if isinstance(units, Mapping) else [units]:
+        if isinstance(layers, (list, tuple, set, frozenset)):
+            yield from (layer for layer in layers if isinstance(layer, UnitLayer))
+
+
 def check_units(
     units: Mapping[str, Iterable[UnitLayer]] | Iterable[UnitLayer], caller: str
 ) -> dict[str, list[UnitLayer]]:
@@ -191,8 +218,8 @@ def check_units(
             f"{caller}: units must be a mapping group -> unit layers, or an iterable of unit "
             f"layers, found {type(units).__name__}: see group_units(model)."
         )
-    listed = units if isinstance(units, Mapping) else {SINGLE_GROUP: units}
-    groups = {group: list(layers) for group, layers in listed.items()}
+    by_group = units if isinstance(units, Mapping) else {SINGLE_GROUP: units}
+    groups = {group: list(layers) for group, layers in by_group.items()}
     seen: set[tuple[str, str]] = set()
     for group, layers in groups.items():
         for layer in layers:
