@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.utils import prune
 
 import torch_dimap
-from torch_dimap import global_module_aware_structured, group_units
+from torch_dimap import global_module_aware_structured, group_units, learning
 
 SIZE = 32
 IMAGES = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
@@ -161,12 +161,22 @@ def gathered():
         assert torch.equal(into, into[:, :1].expand_as(into))
         assert torch.equal(out, into[:, 0].expand_as(out))
         assert int(into[:, 0].sum()) == done["all"].kept[name]
-    model(IMAGES)
+    dense = fully_shard(built("vit"))
+    names = [f"blocks.{i}" for i in range(len(model.blocks))]
+    choices = learning.SinglePath(
+        {f"{name}.attn": "attention" for name in names},
+        {f"{name}.mlp": torch.ones(192, dtype=torch.bool) for name in names}, 0, 1.0,
+    )  # fmt: skip
     for call in (
         lambda: torch_dimap.prune_units_to_latency(model, IMAGES, 0.5),
         lambda: torch_dimap.prune_units_to_flops(model, IMAGES, 0.5),
         lambda: torch_dimap.reconstruct(model, [IMAGES]),
+        lambda: learning.ClassMasks(model, group_units(model), num_classes=5),
+        lambda: learning.SinglePathSearch(dense, target=0.5, steps=4),
+        lambda: learning.replace_attentions(dense, {"blocks.0.attn": "conv1"}),
+        lambda: learning.apply_single_path(dense, choices),
     ):
+        model(IMAGES), dense(IMAGES)
         with pytest.raises(ValueError, match="is sharded"):
             call()
 

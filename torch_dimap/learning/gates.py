@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_dimap.masking import is_never_called
+from torch_dimap.masking import is_never_called, refuse_sharded_model
 from torch_dimap.text import name_some
 from torch_dimap.units import UnitLayer, check_units
 
@@ -161,6 +161,7 @@ def layers_of(model: nn.Module, units: Units, caller: str) -> tuple[UnitLayer, .
     """List the unit layers, once they are known to be sound and of the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be an nn.Module, found {type(model).__name__}.")
+    refuse_sharded_model(model, caller)  # gates that each process trains for itself come apart
     groups = check_units(units, caller)
     layers = tuple(layer for members in groups.values() for layer in members)
     own = set(model.modules())

@@ -23,7 +23,7 @@ from torch_dimap.learning.single_path_attention import (
 )
 from torch_dimap.learning.single_path_choices import SinglePath, apply_single_path
 from torch_dimap.learning.single_path_costs import find_mlps, single_path_costs
-from torch_dimap.masking import all_or_nothing
+from torch_dimap.masking import all_or_nothing, refuse_sharded_model
 from torch_dimap.operations import (
     SharedConvolution,
     check_positive,
@@ -102,6 +102,7 @@ class SinglePathSearch:
         self._held = HeldCost(target, beta=40.0, eta=0.2)
         self._costs = single_path_costs(model, caller)
         sites = find_sites(model, caller)
+        refuse_sharded_model(model, caller)
         self._mlps = find_mlps(model, sites, caller)
         lowest = self._costs.fixed / self._costs.dense
         if target < lowest:

@@ -67,8 +67,8 @@ def apply_single_path(
             f"{caller}: choices.neurons must hold a tensor of flags for each MLP, found others for "
             f"{name_some(flags)}."
         )
-    refuse_sharded_model(model, caller)
     sites = find_sites(model, caller)
+    refuse_sharded_model(model, caller)
     layers = find_mlps(model, sites, caller)
     wrong = [
         name for name in layers.keys() | choices.neurons.keys()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_dimap.families import slim_class
-from torch_dimap.masking import all_or_nothing, pruned_tensors
+from torch_dimap.masking import all_or_nothing, pruned_tensors, refuse_sharded_model
 from torch_dimap.operations.modules import (
     TAPS,
     Operation,
@@ -85,6 +85,7 @@ def replace_attentions(
     """
     caller = "replace_attentions()"
     sites = {site.name: site for site in find_sites(model, caller)}
+    refuse_sharded_model(model, caller)
     wanted = _check(sites, operations, skip, temperature, caller)
     made = {
         name: _skip(sites[name], skip == "norm") if operation == "skip"

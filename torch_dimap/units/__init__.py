@@ -1,6 +1,7 @@
 """What goes whole? Attention heads and neurons: described, masked, and removed."""
 
 from torch_dimap.units.attaching import mask_units
+from torch_dimap.units.checks import check_units
 from torch_dimap.units.counts import UnitCount, count_units
 from torch_dimap.units.description import Attribute, Part, UnitLayer
 from torch_dimap.units.grouping import (
@@ -14,7 +15,6 @@ from torch_dimap.units.grouping import (
 from torch_dimap.units.masks import (
     KeptUnits,
     UnitPlan,
-    check_units,
     global_module_aware_structured,
     plan_units,
 )

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import prune
 
-from torch_dimap.masking import (
-    SINGLE_GROUP,
-    DimapUnstructured,
-    amounts_by_group,
-    count_to_prune,
-    listed,
-)
-from torch_dimap.selection import check_finite, dimap_scores
+from torch_dimap.masking import DimapUnstructured, amounts_by_group, count_to_prune, listed
+from torch_dimap.selection import dimap_scores
 from torch_dimap.sharding import (
     Processes,
     agree,
@@ -26,6 +19,7 @@ from torch_dimap.sharding import (
     rest_sharded,
 )
 from torch_dimap.units.attaching import mask_units, maskable_parts
+from torch_dimap.units.checks import check_numbers, check_scores, check_units, unit_layers_in
 from torch_dimap.units.choice import LayerScores, choose_units, most_units
 from torch_dimap.units.description import NEURONS, UnitLayer
 from torch_dimap.units.scores import unit_magnitudes
@@ -175,7 +169,7 @@ def plan_units(
 ) -> UnitPlan:
     """Check and rank units; the arguments are those of the public call."""
     units = listed(units)
-    found = list(_unit_layers_in(units))
+    found = list(unit_layers_in(units))
     rest_sharded(part.module for layer in found for part in layer.parts)
     try:
         groups = check_units(units, caller)
@@ -187,9 +181,9 @@ def plan_units(
     processes = processes_of((part.tensor for x in layers for part in x.parts), caller)
 
     def check() -> tuple[dict[UnitLayer, Tensor] | None, object]:
-        _check_numbers(minimum, multiple, caller)
+        check_numbers(minimum, multiple, caller)
         _check_ranking(pruning_method, caller)
-        given = _check_scores(groups, importance_scores, caller)
+        given = check_scores(groups, importance_scores, caller)
         told = given and [values.tolist() for values in given.values()]
         names = {group: [layer.name for layer in layers] for group, layers in groups.items()}
         return given, (names, minimum, multiple, pruning_method.__name__, told)
@@ -200,55 +194,6 @@ def plan_units(
     if processes is not None:  # random ones are others in each process
         scores = processes.gather_object(scores)[0]
     return UnitPlan(caller, groups, scores, minimum, processes)
-
-
-def _unit_layers_in(units: Any) -> Iterator[UnitLayer]:
-    """Yield the unit layers in what may hold other things too."""
-    for layers in units.values() if isinstance(units, Mapping) else [units]:
-        if isinstance(layers, (list, tuple, set, frozenset)):
-            yield from (layer for layer in layers if isinstance(layer, UnitLayer))
-
-
-def check_units(
-    units: Mapping[str, Iterable[UnitLayer]] | Iterable[UnitLayer], caller: str
-) -> dict[str, list[UnitLayer]]:
-    """Check that what is to be masked is what was described, each layer once."""
-    if isinstance(units, (nn.Module, UnitLayer)) or not isinstance(units, Iterable):
-        raise TypeError(
-            f"{caller}: units must be a mapping group -> unit layers, or an iterable of unit "
-            f"layers, found {type(units).__name__}: see group_units(model)."
-        )
-    by_group = units if isinstance(units, Mapping) else {SINGLE_GROUP: units}
-    groups = {group: list(layers) for group, layers in by_group.items()}
-    seen: set[tuple[str, str]] = set()
-    for group, layers in groups.items():
-        for layer in layers:
-            if not isinstance(layer, UnitLayer):
-                raise TypeError(
-                    f"{caller}: units[{group!r}] must hold unit layers, found "
-                    f"{type(layer).__name__}: see group_units(model)."
-                )
-            if (layer.name, layer.kind) in seen:
-                raise ValueError(f"{caller}: {layer.name} is listed twice: list it once.")
-            if not layer.is_current():
-                raise ValueError(
-                    f"{caller}: {layer.name} had {layer.units} {layer.kind} when it was "
-                    "described, and has another number now: call group_units(model) again."
-                )
-            seen.add((layer.name, layer.kind))
-        if not layers:
-            raise ValueError(f"{caller}: units[{group!r}] is empty: list some, or leave it out.")
-    if not groups:
-        raise ValueError(f"{caller}: units is empty, found no group and no unit layer.")
-    return groups
-
-
-def _check_numbers(minimum: Any, multiple: Any, caller: str) -> None:
-    for name, value, least in (("minimum", minimum, 0), ("multiple", multiple, 1)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{caller}: {name} must be an int, found {type(value).__name__}.")
-        if value < least:
-            raise ValueError(f"{caller}: {name} must be {least} or more, found {value}.")
 
 
 def _check_ranking(pruning_method: Any, caller: str) -> None:
@@ -277,41 +222,3 @@ def _rank(
             steps = multiple if layer.kind == NEURONS else 1
             ranked[group].append(LayerScores(scores, unmasked, steps))
     return ranked
-
-
-def _check_scores(
-    groups: dict[str, list[UnitLayer]],
-    importance_scores: Mapping[Any, Tensor] | None,
-    caller: str,
-) -> dict[UnitLayer, Tensor] | None:
-    """Return the given scores by unit layer, once there is a fitting one for each."""
-    if importance_scores is None:
-        return None
-    if not isinstance(importance_scores, Mapping):
-        raise TypeError(
-            f"{caller}: importance_scores must be a mapping unit layer -> tensor, found "
-            f"{type(importance_scores).__name__}."
-        )
-    given: dict[UnitLayer, Tensor] = {}
-    used = set()
-    for layer in (layer for layers in groups.values() for layer in layers):
-        key = next((key for key in (layer, layer.name) if key in importance_scores), None)
-        if key is None:
-            raise ValueError(
-                f"{caller}: importance_scores has none for {layer.name}: give scores for every "
-                "layer in units, or none at all."
-            )
-        used.add(key)
-        given[layer] = importance_scores[key]
-        check_finite(given[layer], f"{caller}: importance_scores of {layer.name}")
-        if given[layer].shape != (layer.units,):
-            raise ValueError(
-                f"{caller}: importance_scores of {layer.name} must have the shape "
-                f"({layer.units},), found {tuple(given[layer].shape)}."
-            )
-    if len(used) < len(importance_scores):
-        raise ValueError(
-            f"{caller}: importance_scores must be for layers listed in units, found "
-            f"{len(importance_scores) - len(used)} more: leave them out, or list their layers."
-        )
-    return given
