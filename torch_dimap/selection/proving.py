@@ -22,7 +22,7 @@ from torch_dimap.selection.runs import ROW, Inside, energy_of_first, read_inside
 
 NOTHING = Inside(np.empty(0), None, 0, 0.0, 0)
 PIVOTS = 15  # magnitudes at which a bracket is looked at
-FEW = 1 << 8  # entries of a weight that may stay undecided
+FEW = 1 << 9  # entries of a weight that may stay undecided
 ROUNDS = 16  # enough for any bracket: each one divides 2^63 magnitudes by 16
 # Of the logarithm of a score, twice: see choosing.slack_of. Narrowing need not be the closest.
 LONGEST = max(CPU_BLOCK, DEVICE_BLOCK)  # block that any process may have read

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_dimap.sharding.layout import is_sharded
+from torch_dimap.sharding.messages import packed, unpacked
 
 T = TypeVar("T")
 P = TypeVar("P", bound=tuple)
@@ -51,7 +52,7 @@ class Processes:
         Args:
             parts: named tuples of numbers, values and counts (an array, or None).
         """
-        told = [_unpacked(data) for data in self._gather_bytes(_packed(parts))]
+        told = [unpacked(data) for data in self._gather_bytes(packed(parts))]
         return [[type(own)(*part) for part in of_all] for own, *of_all in zip(parts, *told)]
 
     def gather_object(self, value: Any) -> list[Any]:
@@ -165,59 +166,3 @@ def _group(ranks: tuple[int, ...], world: Any) -> Any:
     if len(ranks) == dist.get_world_size():
         return world
     return dist.new_group(list(ranks), use_local_synchronization=True)
-
-
-def _packed(parts: Sequence[tuple]) -> bytes:
-    """Join parts to a few long strings: most of them hold little where processes are many."""
-    numbers, values, counts = zip(*parts)
-    return pickle.dumps((numbers, [len(x) for x in values], _joined(values), _joined(counts)))
-
-
-def _unpacked(data: bytes) -> list[tuple]:
-    numbers, lengths, values, counts = pickle.loads(data)
-    return list(zip(numbers, _parted(lengths, *values), _parted(lengths, *counts)))
-
-
-def _joined(arrays: Sequence[np.ndarray | None]) -> tuple[bytes, bytes]:
-    """Return a letter for each array's dtype, and all of their bytes."""
-    found = [("-", b"") if x is None else _narrowest(x) for x in arrays]
-    return "".join(letter for letter, _ in found).encode(), b"".join(data for _, data in found)
-
-
-def _parted(lengths: Sequence[int], letters: bytes, data: bytes) -> list[np.ndarray | None]:
-    found: list[np.ndarray | None] = []
-    start = 0
-    for letter, length in zip(letters.decode(), lengths):
-        if letter == "-":
-            found.append(None)
-            continue
-        sent, wide = _LETTERS[letter]
-        values = np.frombuffer(data, sent, length, start)
-        start += values.nbytes
-        if letter == "b":  # the upper half of a float32
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        found.append(values.astype(wide, copy=False))
-    return found
-
-
-# How numbers travel, and what they are at the other end.
-_LETTERS = {
-    "b": (np.uint16, np.float32), "e": (np.float16, np.float32), "f": (np.float32, np.float32),
-    "d": (np.float64, np.float64), "i": (np.int32, np.int64), "l": (np.int64, np.int64),
-    "B": (np.uint8, np.uint8),
-}  # fmt: skip
-
-
-def _narrowest(values: np.ndarray) -> tuple[str, bytes]:
-    """Return the shortest dtype that holds an array's values, and its bytes."""
-    if values.dtype == np.float32:
-        bits = np.ascontiguousarray(values).view(np.uint32)
-        if not (bits & 0xFFFF).any():
-            return "b", (bits >> 16).astype(np.uint16).tobytes()
-        with np.errstate(over="ignore"):
-            half = values.astype(np.float16)
-        if (half == values).all():
-            return "e", half.tobytes()
-    if values.dtype == np.int64 and values.max(initial=0) < 1 << 31:
-        return "i", values.astype(np.int32).tobytes()
-    return np.dtype(values.dtype).char, values.tobytes()
