@@ -12,6 +12,7 @@ from torch import nn
 
 from torch_dimap import DimapUnstructured, global_module_aware_unstructured
 from torch_dimap.selection import search, threaded_map
+from torch_dimap.selection.reading import pick
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -22,6 +23,17 @@ def test_select_names_the_weight_that_is_not_finite(dtype, value, masked):
     masks = [None, torch.tensor([True, False, True])] if masked else None
     with pytest.raises(ValueError, match="the second holds NaN or infinite values"):
         search.select(weights, 3, masks, ["the first", "the second"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 1.0])
+def test_pick_finds_what_indexing_finds(dtype, share):
+    generator = torch.Generator().manual_seed(0)
+    for size in [*range(20), 1000, 1027]:
+        values = torch.randn(size, generator=generator).to(dtype)
+        flags = torch.rand(size, generator=generator) < share
+        found = pick(values, flags)
+        assert found.dtype == dtype and torch.equal(found, values[flags])
 
 
 def test_pruning_reads_for_nan_and_for_its_ranking_at_once(monkeypatch):
