@@ -18,8 +18,8 @@ import timm
 import torch
 from images import read_image
 from models import add_weights_arguments, fail, load_model, save_model
-from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import torch_dimap
 
@@ -47,21 +47,32 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def find_images(folder: Path) -> list[Path]:
     """List the image files in a folder and in those inside it."""
-    kinds = Image.registered_extensions()
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds and p.is_file())
+    found = sorted(
+        p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file()
+    )
     if not found:
         fail(f"there are no images in {folder}.")
     return found
 
 
-def reconstruct(model: nn.Module, images: list[Path], count: int, transform: Callable) -> None:
-    """Refit the kept weights on some of the images, and tell what that did."""
+def read_some(images: list[Path], count: int, transform: Callable) -> list[Tensor]:
+    """Read some of the images, in batches."""
     chosen = random.Random(0).sample(images, min(count, len(images)))
-    batches = [
-        torch.stack([transform(read_image(str(path))) for path in chosen[i : i + BATCH]])
-        for i in range(0, len(chosen), BATCH)
-    ]
-    misfits = torch_dimap.reconstruct(model, batches, progress=sys.stderr.isatty())
+    try:
+        return [
+            torch.stack([transform(read_image(str(path))) for path in chosen[i : i + BATCH]])
+            for i in range(0, len(chosen), BATCH)
+        ]
+    except OSError as error:
+        fail(str(error))
+
+
+def reconstruct(model: nn.Module, batches: list[Tensor]) -> None:
+    """Refit the kept weights on images, and tell what that did."""
+    try:
+        misfits = torch_dimap.reconstruct(model, batches, progress=sys.stderr.isatty())
+    except (ValueError, RuntimeError) as error:
+        fail(str(error))
     before, after = (statistics.mean(x) for x in zip(*misfits.values()))
     print(f"Reconstructed on {sum(map(len, batches))} images: the outputs of a layer were off by "
           f"{before:.1%} of their norm, and are by {after:.1%} (means over layers).")  # fmt: skip
@@ -81,14 +92,12 @@ def main() -> None:
         groups = torch_dimap.group_parameters(model)
     except ValueError as error:
         fail(str(error))
-    thresholds = torch_dimap.global_module_aware_unstructured(groups, amount=options.amount)
     config = timm.data.resolve_model_data_config(model)
-    if images:
-        transform = timm.data.create_transform(**config, is_training=False)
-        try:
-            reconstruct(model, images, options.reconstruct, transform)
-        except OSError as error:
-            fail(str(error))
+    transform = timm.data.create_transform(**config, is_training=False)
+    batches = read_some(images, options.reconstruct, transform)
+    thresholds = torch_dimap.global_module_aware_unstructured(groups, amount=options.amount)
+    if batches:
+        reconstruct(model, batches)
     image = torch.zeros(1, *config["input_size"])
     print(torch_dimap.summarize(model, image, thresholds=thresholds))
     if options.output:

@@ -30,7 +30,7 @@ from models import (
     whole_or_not_at_all,
 )
 from provenance import machine_name
-from prune_timm import find_images, reconstruct
+from prune_timm import find_images, read_some, reconstruct
 from speed import take_times
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -188,6 +188,7 @@ def main() -> None:
     transform = timm.data.create_transform(**config, is_training=False)
     image = torch.zeros(1, *config["input_size"], device=options.device)
     validation = open_validation(dense, transform, options)
+    batches = read_some(images, options.reconstruct, transform)
 
     model = copy.deepcopy(dense)
     mask_units(model, image, options)
@@ -195,8 +196,8 @@ def main() -> None:
     if validation:
         before = top1(dense, validation, options)
         accuracy["top-1, one-shot"] = before, top1(model, validation, options)
-    if images:
-        reconstruct(model, images, options.reconstruct, transform)
+    if batches:
+        reconstruct(model, batches)
         if validation:
             accuracy["top-1, reconstructed"] = before, top1(model, validation, options)
     torch_dimap.remove_units(model)

@@ -60,8 +60,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         torch.set_autocast_cache_enabled(cache)
-        model.train(training)  # some models clear caches here
-        put_back()
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
+        try:
+            model.train(training)  # some models clear caches here
+        finally:  # whatever it raises
+            put_back()
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

@@ -7,6 +7,7 @@ import numbers
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from torch_dimap.masking import (
     Layer,
     Parameters,
+    check_layer,
     find_layers_in,
     hold_masks,
     pruned_tensors,
@@ -60,15 +62,17 @@ def reconstruct(
     Args:
         model: a pruned model; it is run in evaluation mode and comes back in its own.
         batches: images, as the model takes them: an iterable of tensors, of tuples of
-            arguments, or of dicts of named ones. Of ``(images, labels)`` and of a dict's
-            ``"labels"`` only the images are used. All are kept in memory, and one batch is
-            run at a time. 128 to 512 images do.
+            arguments where it needs several, or of dicts of named ones. Of other tuples, such as
+            ``(images, labels)``, only the first entry is used, and of a dict all but
+            ``"labels"``. All are kept in memory, and one batch is run at a time. 128 to 512
+            images do.
         sequential: True: layer after layer in the order of the forward, each on the inputs
             that it gets from the layers refitted before it. False: each for itself, on the
             inputs of the dense model, which takes about half the time.
         damping: the price of moving a weight, relative to the mean of the inputs' squares,
             above 0; for a layer of d inputs that sees n tokens it is taken 1 + d / n times. More
-            holds the weights closer to the old ones.
+            holds the weights closer to the old ones. What sums of float32 products leave
+            uncertain is never fitted, however small it is.
         groups: ``(module, name)`` pairs to refit, by group or in one list, as
             :func:`torch_dimap.group_parameters` gives them. Default: all masked matrices.
         progress: show a bar.
@@ -76,6 +80,10 @@ def reconstruct(
     Returns:
         The layer's name -> how far its outputs were from those wanted, before and after, as
         a part of their norm.
+
+    Warns:
+        UserWarning: for masked weights that the forward does not use, or not as a matrix; for
+            entries of a tuple that may be more than labels.
 
     Raises:
         TypeError: for arguments of a wrong type.
@@ -100,10 +108,11 @@ def reconstruct(
     check_damping(damping, CALLER)
     calls = read_batches(model, batches, CALLER)
     weights = [dense_weights(_masked_tensors(model)), []]
-    with torch.inference_mode(False), study(model, calls, layers, weights, CALLER) as (found, call):
+    studied = study(model, calls, layers, weights, CALLER, listed=groups is not None)
+    with torch.inference_mode(False), studied as (found, call):
         dense = Stream(call, len(calls), found.steps, weights[0])
         masked = Stream(call, len(calls), found.steps, weights[1]) if sequential else None
-        with tqdm(total=len(layers), unit=" layers", disable=not progress) as bar:
+        with tqdm(total=len(found.uses), unit=" layers", disable=not progress) as bar:
             values, misfits = _refit_all(dense, masked, found, damping, bar)
     _commit(values)
     return misfits
@@ -126,10 +135,9 @@ def _refit_all(
                 bar.update()
             if masked:
                 masked.weights[:] = other_values(values)
-        if step is not found.steps[-1]:
-            dense.advance()
-            if masked:
-                masked.advance()
+        dense.advance(found.uses)
+        if masked and step is not found.steps[-1]:
+            masked.advance()
     return values, misfits
 
 
@@ -140,11 +148,13 @@ def study(
     layers: list[Layer],
     weights: Sequence[list[Swap]],
     caller: str,
+    listed: bool = True,
 ) -> Iterator[tuple[Trace, Callable[[int], Any]]]:
     """Make a model ready to be run on batches, and find out how it uses some layers.
 
-    ``weights`` are those of the streams to come. Gives the trace, and what runs the model on
-    the batch of a number.
+    ``weights`` are those of the streams to come. Where no user has ``listed`` the layers, those
+    that are no matrices are left alone. Gives the trace, and what runs the model on the batch
+    of a number.
     """
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ValueError(
@@ -163,6 +173,17 @@ def study(
     with untouched(model), _plain_numbers(device):
         hold_masks(model)
         found = trace(model, lambda: call(0), layers)
+        rest = [layer for layer in layers if layer.label not in found.unclear]
+        if not listed and found.unclear and rest:
+            # What sees each channel by itself lacks nothing where others are gone whole.
+            cut = [x.label for x in layers if x not in rest and not _whole_rows(x)]
+            if cut:
+                warn(
+                    f"{caller}: {name_some(sorted(cut))} left alone: the forward does not "
+                    "multiply with them as a linear layer or a 1x1 convolution does."
+                )
+            layers = rest
+            found = trace(model, lambda: call(0), layers)
         held = _holders(model)
         for layer in layers:
             bias = bias_of(layer)
@@ -172,7 +193,8 @@ def study(
             raise ValueError(
                 f"{caller}: layers must be multiplied as a linear layer or a 1x1 convolution is, "
                 "in the same rows each time, found another product with "
-                f"{name_some(sorted(found.unclear))}: leave them out."
+                f"{name_some(sorted(found.unclear))}: leave them out, as "
+                "groups=group_parameters(model) does."
             )
         unused = [layer.label for layer in layers if layer.label not in found.uses]
         if len(unused) == len(layers):
@@ -197,6 +219,13 @@ def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
     else:
         listed = _masked_tensors(model)
     refuse_sharded([(x.label, x.parameter) for x in listed], CALLER)
+    for layer in listed:
+        check_layer(layer, CALLER)
+        if layer.parameter.is_inference():
+            raise ValueError(
+                f"{CALLER}: {layer.label} was made under torch.inference_mode(), which nothing "
+                "can change: build the model outside of it."
+            )
     layers = [x for x in listed if x.mask is not None and x.parameter.dim() > 1]
     if not layers:
         raise ValueError(
@@ -211,6 +240,13 @@ def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
             "others, which a refit would change too: untie them, or leave them out of groups."
         )
     return layers
+
+
+def _whole_rows(layer: Layer) -> bool:
+    """Say whether each row of a layer's mask stays or goes as a whole."""
+    assert layer.mask is not None
+    mask = layer.mask.flatten(1) != 0
+    return bool((mask == mask[:, :1]).all())
 
 
 def _holders(model: nn.Module) -> Counter[nn.Parameter]:
@@ -238,13 +274,22 @@ def check_damping(damping: Any, caller: str) -> None:
 @contextmanager
 def _plain_numbers(device: torch.device) -> Iterator[None]:
     """Keep autocast, and products of less than float32, out of sums."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
     try:
+        settings = {torch.set_float32_matmul_precision: torch.get_float32_matmul_precision()}
+        plain = "highest"
+    except RuntimeError:  # the program uses what follows these two, and the two must not be mixed
+        backends: Any = torch.backends  # whose types torch does not tell
+        matmuls = backends.cuda.matmul, backends.mkldnn.matmul
+        settings = {partial(setattr, x, "fp32_precision"): x.fp32_precision for x in matmuls}
+        plain = "ieee"
+    try:
+        for change in settings:
+            change(plain)
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for change, before in settings.items():
+            change(before)
 
 
 @torch.no_grad()

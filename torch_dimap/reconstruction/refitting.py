@@ -15,6 +15,8 @@ from torch_dimap.reconstruction.steps import Trace
 from torch_dimap.reconstruction.streams import Stream
 from torch_dimap.reconstruction.watching import Use, bias_of
 
+NOISE = 1e-6  # of sums of float32 products, as a part of their norm; less damping would fit it
+
 
 class Misfit(NamedTuple):
     """How far a layer's outputs lie from those wanted: |wanted - given| / |wanted|."""
@@ -59,19 +61,21 @@ class Refit:
         """Return the new values of the parameters, rounded to their dtype, and the gain."""
         parameter = self.layer.parameter
         columns = parameter[0].numel()
-        values = self.dense.to(torch.float64)
+        values = torch.cat([x.parameter.detach().double().reshape(len(parameter), -1)
+                            for x in (self.layer, self.bias) if x], 1)  # fmt: skip
         before = after = wanted = 0.0
         for (first, last), sums in self.sums.items():
             sums.check(f"{caller}: the inputs of {self.layer.label}")
-            keep, masked = self.keep[first:last], self.masked[first:last]
+            keep, old = self.keep[first:last], values[first:last]
             # Where there are more inputs than tokens, most of a fit would be chance.
             price = damping * (1 + columns / sums.tokens) if sums.tokens else damping
             ridge = sums.inputs.new_zeros(len(sums.inputs))  # none on the bias
             ridge[:columns] = price * sums.inputs.diagonal()[:columns].mean()
+            ridge[:columns].clamp_(min=NOISE * sums.inputs.norm())
             change = solve_masked(sums.inputs, sums.errors, keep, ridge, float(sums.error))
-            new = (masked + change).to(parameter.dtype).double()
-            values[first:last] = torch.where(keep, new, values[first:last])
-            change = torch.where(keep, new - masked, 0.0)  # as rounded
+            new = torch.where(keep, (old + change).to(parameter.dtype).double(), old)
+            change = new - old  # as rounded
+            values[first:last] = new
             gain = (change * (2 * sums.errors - change @ sums.inputs)).sum()
             before += float(sums.error)
             after += max(0.0, float(sums.error - gain))
@@ -107,7 +111,14 @@ def gather(refits: Sequence[Refit], dense: Stream, masked: Stream | None, found:
             wanted.append(use._replace(inputs=use.inputs.clone()) if again else use)
 
         def paired(use: Use) -> None:
-            by_label[use.layer.label].add(use, wanted.pop(0).inputs)
+            aim = wanted.pop(0).inputs
+            if aim.shape != use.inputs.shape:
+                raise RuntimeError(
+                    f"{use.layer.label} must see as many tokens in the pruned model as in the "
+                    f"dense one, found {len(use.inputs)} and {len(aim)}: where a model chooses "
+                    "tokens by what they hold, give sequential=False."
+                )
+            by_label[use.layer.label].add(use, aim)
 
         if masked is None:
             dense.watch(batch, layers, uses, alone)

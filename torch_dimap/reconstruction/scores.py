@@ -112,6 +112,5 @@ def _scores(
                     score[first:last] *= factors(sums.inputs / sums.tokens).float()
                 pair = refit.layer.module, refit.layer.name
                 scores[pair] = score.view_as(refit.layer.parameter)
-            if step is not found.steps[-1]:
-                stream.advance()
+            stream.advance(found.uses)
     return scores

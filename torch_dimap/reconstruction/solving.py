@@ -83,7 +83,8 @@ def inverse_of(damped: Tensor) -> Tensor:
     """Invert a matrix that may be singular, well enough for a preconditioner."""
     size = damped.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     for jitter in (0.0, 1e-9, 1e-6):
-        shifted = damped + torch.eye(len(damped), out=torch.empty_like(damped)) * jitter * size
+        shifted = damped.clone()
+        shifted.diagonal().add_(jitter * size)
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
             return torch.cholesky_inverse(factor)

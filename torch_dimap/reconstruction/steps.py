@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,8 +83,9 @@ def trace(model: nn.Module, run: Callable[[], Any], layers: Sequence[Layer]) -> 
     def seen(use: Use) -> None:
         nonlocal level, last, version
         memory = use.inputs.untyped_storage()
-        if last is None or memory.data_ptr() != last.data_ptr() or use.version != version:
-            level += 1
+        unknown = use.inputs.is_inference()  # such tensors do not tell when they change
+        other = last is None or memory.data_ptr() != last.data_ptr() or use.version != version
+        level += unknown or other
         last = memory  # kept alive, so that nothing else comes to lie there
         version = use.version
         uses[use.layer.label] += 1
@@ -153,7 +155,7 @@ def note_last_users(steps: Sequence[Step], run: Callable[[], Any]) -> None:
 
     def as_leaf(i: int) -> Callable[[Tensor], Tensor]:
         def make(tensor: Tensor) -> Tensor:
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or tensor.is_inference():
                 steps[i].last_user = math.inf
                 return tensor
             leaf = tensor.detach().requires_grad_()
@@ -234,6 +236,18 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def opaque(value: Any) -> bool:
+    """Say whether there is something in a value that may hold tensors out of sight."""
+    if isinstance(value, dict):
+        return any(map(opaque, value.values()))
+    if isinstance(value, (tuple, list)):
+        return any(map(opaque, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return any(opaque(getattr(value, item.name)) for item in fields(value))
+    plain = (Tensor, str, bytes, numbers.Number, torch.dtype, torch.device, type(None))
+    return not isinstance(value, plain)
+
+
 Swap = tuple[dict[str, Any], str, Any]  # a module's table, a key in it, what to put there
 
 
@@ -248,6 +262,6 @@ def swapped(entries: Sequence[Swap]) -> Iterator[None]:
     finally:
         for table, key, value in before:
             if value is None:
-                del table[key]
+                table.pop(key, None)
             else:
                 table[key] = value

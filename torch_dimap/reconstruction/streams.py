@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_dimap.masking import Layer
-from torch_dimap.reconstruction.steps import Step, Swap, map_tensors, swapped, tensors
+from torch_dimap.reconstruction.steps import (
+    Step,
+    Swap,
+    map_tensors,
+    opaque,
+    swapped,
+    tensors,
+)
 from torch_dimap.reconstruction.watching import Use, Watch
 
 
@@ -50,14 +60,16 @@ class Stream:
         with Watch(layers, count):
             self._run(batch, [])
         if left:
-            raise RuntimeError(
-                f"{layers[0].label} must be used alike in all batches, found batch {batch} to use "
-                "it less often than the first: give batches of one kind."
-            )
+            raise RuntimeError(_unlike(layers[0].label, batch, "less"))
 
-    def advance(self) -> None:
-        """Run the step in work on all batches, and let go of what no later step uses."""
+    def advance(self, uses: Mapping[str, int] | None = None) -> None:
+        """Run the step in work on all batches, and let go of what no later step uses.
+
+        Args:
+            uses: how often each layer is to be used, by its label; more raises a RuntimeError.
+        """
         i = len(self.given)
+        layers = sum(self.steps[i].levels, []) if uses else []
         step = self.steps[i].module
         outputs = []
         forward = step.forward
@@ -67,7 +79,13 @@ class Stream:
             raise _Enough
 
         for batch in range(self.batches):
-            self._run(batch, [(vars(step), "forward", keep)])
+            counted: Counter[str] = Counter()
+            seen = partial(_count, counted)
+            with Watch(layers, seen) if uses else nullcontext():
+                self._run(batch, [(vars(step), "forward", keep)])
+            for label, often in counted.items():
+                if uses and often > uses[label]:
+                    raise RuntimeError(_unlike(label, batch, "more"))
             for k in range(i):
                 if self.steps[k].last_user <= i:
                     self.given[k][batch] = map_tensors(self.given[k][batch], _placeholder)
@@ -84,21 +102,35 @@ class Stream:
                 pass
 
 
+def _count(counted: Counter[str], use: Use) -> None:
+    counted[use.layer.label] += 1
+
+
+def _unlike(label: str, batch: int, how: str) -> str:
+    return (
+        f"{label} must be used alike in all batches, found batch {batch} to use it {how} often "
+        "than the first: give batches of one kind."
+    )
+
+
 def steps_hold(
     call: Callable[[int], Any], batches: int, steps: Sequence[Step], weights: Sequence[list[Swap]]
 ) -> bool:
     """Say whether steps that run one by one give what they give in a whole forward.
 
     They do not if a step does more than give an output: keeps something for later ones,
-    changes its inputs in place, or draws random numbers. So the first and the last batch are
+    changes its inputs in place, or draws random numbers; and what an output of a class of its
+    own holds cannot be copied for each run. So the first and the last batch are
     taken through the steps with each of the weights in turn, which spoils what steps keep.
     """
     whole: dict[int, list[Tensor]] = {}
+    hidden: list[bool] = []
 
     def noting(i: int, forward: Callable) -> Callable:
         def noted(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
             whole[i] = _samples(output)
+            hidden.append(opaque(output))
             return output
 
         return noted
@@ -109,6 +141,8 @@ def steps_hold(
         0, [(vars(s.module), "forward", noting(i, s.module.forward)) for i, s in enumerate(steps)]
     )
     for i in range(len(steps)):
+        if any(hidden):
+            return False
         try:
             for stream in streams:
                 stream.advance()

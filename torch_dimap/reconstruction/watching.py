@@ -66,7 +66,8 @@ class Watch(TorchDispatchMode):
         self.unclear: set[str] = set()
         self.read: set[str] = set()
         self.bias_read: set[str] = set()
-        self._bare: dict[str, Tensor] = {}  # products to which no bias was added yet
+        # Products to which no bias was added yet, as they were.
+        self._bare: dict[str, tuple[Tensor, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         multiplied = self._multiplied(func, args, kwargs) if func in _PRODUCTS else []
@@ -80,10 +81,11 @@ class Watch(TorchDispatchMode):
             if bias is None:
                 continue
             if added is None and layer in multiplied:
-                self._bare[label] = output
+                self._bare[label] = output, _version(output)
             elif _memory(getattr(bias.module, bias.name)) & read:
-                bare = self._bare.pop(label, None)
-                onto = layer in multiplied or _memory(bare) & _memory(args[0])
+                bare, version = self._bare.pop(label, (None, 0))
+                same = bare is not None and _version(bare) == version
+                onto = layer in multiplied or same and _memory(bare) & _memory(args[0])
                 ours = onto and not kwargs and _memory(added) & read
                 (self.biased if ours else self.bias_read).add(label)
         return output
@@ -98,7 +100,7 @@ class Watch(TorchDispatchMode):
                 found.append(layer)
                 uses = [] if kwargs else _uses(func, weight, x, w, args)  # addmm's factors
                 for rows, inputs in uses:
-                    self.seen(Use(layer, rows, inputs, x._version))
+                    self.seen(Use(layer, rows, inputs, _version(x)))
                 if not uses:
                     self.unclear.add(layer.label)
             elif _same_memory(x, weight):
@@ -112,6 +114,11 @@ def bias_of(layer: Layer) -> Layer | None:
     if name is None or not isinstance(getattr(layer.module, name, None), Tensor):
         return None
     return Layer(f"{layer.label.removesuffix(layer.name)}{name}", layer.module, name)
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place, if that is known."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _memory(*values: Any) -> set[int]:
