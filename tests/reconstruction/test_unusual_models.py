@@ -202,6 +202,35 @@ def test_batches_that_use_a_layer_more_or_less_often_are_refused(sizes, how):
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
+class Skipping(nn.Module):
+    """Leaves out a module without weights for batches of another length."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+            for _ in range(4)
+        )
+        self.between = nn.ReLU()
+
+    def forward(self, x):
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            x = self.between(x) if i == 1 and len(x) == 10 else x
+        return x
+
+
+def test_batches_that_leave_out_a_module_are_refused():
+    torch.manual_seed(0)
+    model = Skipping()
+    for layer in [layer for layer in model.modules() if isinstance(layer, nn.Linear)]:
+        prune.l1_unstructured(layer, "weight", 0.5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="its ReLU with all batches, found batch 1 to leave it"):
+        reconstruct(model, [torch.rand(n, 8) for n in (10, 12, 10)])
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_tokens_chosen_by_what_they_hold_need_each_layer_for_itself():
     torch.manual_seed(0)
     model, x = all_pruned(Choosing()), torch.randn(200, 6)

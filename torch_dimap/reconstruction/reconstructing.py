@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,19 +16,17 @@ from torch_dimap.masking import (
     Parameters,
     check_layer,
     find_layers_in,
-    hold_masks,
     pruned_tensors,
     pruning_methods,
     refuse_sharded,
-    untouched,
 )
-from torch_dimap.reconstruction.batches import Call, read_batches, to_device
+from torch_dimap.reconstruction.batches import read_batches
 from torch_dimap.reconstruction.refitting import Misfit, Refit, gather
-from torch_dimap.reconstruction.steps import Swap, Trace, note_last_users, trace
-from torch_dimap.reconstruction.streams import Stream, dense_weights, other_values, steps_hold
-from torch_dimap.reconstruction.watching import bias_of
+from torch_dimap.reconstruction.steps import Trace
+from torch_dimap.reconstruction.streams import Stream, dense_weights, other_values
+from torch_dimap.reconstruction.study import holders, study
 from torch_dimap.sharding import rest_sharded
-from torch_dimap.text import name_some, warn
+from torch_dimap.text import name_some
 
 CALLER = "reconstruct()"
 
@@ -141,75 +136,6 @@ def _refit_all(
     return values, misfits
 
 
-@contextmanager
-def study(
-    model: nn.Module,
-    calls: list[Call],
-    layers: list[Layer],
-    weights: Sequence[list[Swap]],
-    caller: str,
-    listed: bool = True,
-) -> Iterator[tuple[Trace, Callable[[int], Any]]]:
-    """Make a model ready to be run on batches, and find out how it uses some layers.
-
-    ``weights`` are those of the streams to come. Where no user has ``listed`` the layers, those
-    that are no matrices are left alone. Gives the trace, and what runs the model on the batch
-    of a number.
-    """
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise ValueError(
-            f"{caller}: model must be one that nothing spreads over devices, found "
-            f"{type(model).__name__}: give model.module, and the same images in every process."
-        )
-    device = layers[0].parameter.device
-
-    def call(batch: int) -> Any:
-        args, kwargs = to_device(calls[batch], device)
-        # The same random numbers for every forward, and none of them taken from the caller's.
-        with torch.random.fork_rng(cuda):
-            return model(*args, **kwargs)
-
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with untouched(model), _plain_numbers(device):
-        hold_masks(model)
-        found = trace(model, lambda: call(0), layers)
-        rest = [layer for layer in layers if layer.label not in found.unclear]
-        if not listed and found.unclear and rest:
-            # What sees each channel by itself lacks nothing where others are gone whole.
-            cut = [x.label for x in layers if x not in rest and not _whole_rows(x)]
-            if cut:
-                warn(
-                    f"{caller}: {name_some(sorted(cut))} left alone: the forward does not "
-                    "multiply with them as a linear layer or a 1x1 convolution does."
-                )
-            layers = rest
-            found = trace(model, lambda: call(0), layers)
-        held = _holders(model)
-        for layer in layers:
-            bias = bias_of(layer)
-            if bias and held[bias.parameter] > 1:  # another layer's too: it stays
-                found.biased.discard(layer.label)
-        if found.unclear:
-            raise ValueError(
-                f"{caller}: layers must be multiplied as a linear layer or a 1x1 convolution is, "
-                "in the same rows each time, found another product with "
-                f"{name_some(sorted(found.unclear))}: leave them out, as "
-                "groups=group_parameters(model) does."
-            )
-        unused = [layer.label for layer in layers if layer.label not in found.uses]
-        if len(unused) == len(layers):
-            raise ValueError(
-                f"{caller}: the forward must use the layers, found none of them in use: "
-                "give batches that go through them."
-            )
-        if unused:
-            warn(f"{caller}: {name_some(unused)} left alone: the forward does not use them.")
-        note_last_users(found.steps, lambda: call(0))
-        if len(found.steps) > 1 and not steps_hold(call, len(calls), found.steps, weights):
-            found.steps[:] = [found.whole]
-        yield found, call
-
-
 def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{CALLER}: model must be an nn.Module, found {type(model).__name__}.")
@@ -218,9 +144,10 @@ def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
         listed = [x for layers in find_layers_in(model, groups, CALLER).values() for x in layers]
     else:
         listed = _masked_tensors(model)
+        for layer in listed:
+            check_layer(layer, CALLER)
     refuse_sharded([(x.label, x.parameter) for x in listed], CALLER)
     for layer in listed:
-        check_layer(layer, CALLER)
         if layer.parameter.is_inference():
             raise ValueError(
                 f"{CALLER}: {layer.label} was made under torch.inference_mode(), which nothing "
@@ -232,7 +159,7 @@ def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
             f"{CALLER}: {'model' if groups is None else 'groups'} must hold masked weights, found "
             "none: prune first, and call remove_all afterwards."
         )
-    held = _holders(model)
+    held = holders(model)
     tied = [layer.label for layer in layers if held[layer.parameter] > 1]
     if tied:
         raise ValueError(
@@ -240,19 +167,6 @@ def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
             "others, which a refit would change too: untie them, or leave them out of groups."
         )
     return layers
-
-
-def _whole_rows(layer: Layer) -> bool:
-    """Say whether each row of a layer's mask stays or goes as a whole."""
-    assert layer.mask is not None
-    mask = layer.mask.flatten(1) != 0
-    return bool((mask == mask[:, :1]).all())
-
-
-def _holders(model: nn.Module) -> Counter[nn.Parameter]:
-    """Count by how many modules, or under how many of their names, each parameter is held."""
-    held = (parameter for module in model.modules() for parameter in module._parameters.values())
-    return Counter(parameter for parameter in held if parameter is not None)
 
 
 def _masked_tensors(model: nn.Module) -> list[Layer]:
@@ -269,27 +183,6 @@ def check_damping(damping: Any, caller: str) -> None:
             f"{caller}: damping must be above 0, found {damping}: without it, weights that the "
             "images leave undetermined could become anything."
         )
-
-
-@contextmanager
-def _plain_numbers(device: torch.device) -> Iterator[None]:
-    """Keep autocast, and products of less than float32, out of sums."""
-    try:
-        settings = {torch.set_float32_matmul_precision: torch.get_float32_matmul_precision()}
-        plain = "highest"
-    except RuntimeError:  # the program uses what follows these two, and the two must not be mixed
-        backends: Any = torch.backends  # whose types torch does not tell
-        matmuls = backends.cuda.matmul, backends.mkldnn.matmul
-        settings = {partial(setattr, x, "fp32_precision"): x.fp32_precision for x in matmuls}
-        plain = "ieee"
-    try:
-        for change in settings:
-            change(plain)
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for change, before in settings.items():
-            change(before)
 
 
 @torch.no_grad()

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from torch_dimap.masking import Pair, Parameters, find_layers_in
 from torch_dimap.reconstruction.batches import read_batches
-from torch_dimap.reconstruction.reconstructing import check_damping, study
+from torch_dimap.reconstruction.reconstructing import check_damping
 from torch_dimap.reconstruction.refitting import Refit, gather
 from torch_dimap.reconstruction.solving import inverse_of
 from torch_dimap.reconstruction.streams import Stream
+from torch_dimap.reconstruction.study import study
 
 
 def wanda_scores(

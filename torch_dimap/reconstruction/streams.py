@@ -83,6 +83,11 @@ class Stream:
             seen = partial(_count, counted)
             with Watch(layers, seen) if uses else nullcontext():
                 self._run(batch, [(vars(step), "forward", keep)])
+            if len(outputs) == batch:
+                raise RuntimeError(
+                    f"the model must use its {type(step).__name__} with all batches, found batch "
+                    f"{batch} to leave it out: give batches of one kind."
+                )
             for label, often in counted.items():
                 if uses and often > uses[label]:
                     raise RuntimeError(_unlike(label, batch, "more"))

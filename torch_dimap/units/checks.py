@@ -55,6 +55,7 @@ def check_units(
 
 
 def check_numbers(minimum: Any, multiple: Any, caller: str) -> None:
+    """Raise unless both are integers that make sense."""
     for name, value, least in (("minimum", minimum, 0), ("multiple", multiple, 1)):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{caller}: {name} must be an int, found {type(value).__name__}.")
