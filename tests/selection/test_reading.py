@@ -12,7 +12,7 @@ from torch import nn
 
 from torch_dimap import DimapUnstructured, global_module_aware_unstructured
 from torch_dimap.selection import search, threaded_map
-from torch_dimap.selection.reading import pick
+from torch_dimap.selection.reading import blocks_of, pick, read_weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -23,6 +23,15 @@ def test_select_names_the_weight_that_is_not_finite(dtype, value, masked):
     masks = [None, torch.tensor([True, False, True])] if masked else None
     with pytest.raises(ValueError, match="the second holds NaN or infinite values"):
         search.select(weights, 3, masks, ["the first", "the second"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-30, 1e-8, 1.0, 1e8, 1e30])  # float32 cannot hold all squares
+def test_a_first_reading_tells_the_energy_nearly(dtype, size):
+    values = (torch.randn(5000, generator=torch.Generator().manual_seed(0)) * size).to(dtype)
+    flat = read_weight(blocks_of(values, None), "weight")
+    exact = (values.double() * flat.scale).square().sum().item()
+    assert flat.energy == pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

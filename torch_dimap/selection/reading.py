@@ -15,6 +15,7 @@ from torch_dimap.selection.importance import no_rank, unit_scale
 
 CPU_BLOCK = 1 << 18  # entries: magnitude, float64 copy and flags stay in cache
 DOT = 1 << 13  # entries of a dot product: beyond 10,000 BLAS libraries share it among threads
+FAINT = 2.0**-80  # a sum of squares in float32 under which small ones may have been lost
 DEVICE_BLOCK = 1 << 20  # enough to fill a GPU; larger blocks only widen the error bound
 
 
@@ -52,7 +53,7 @@ class FlatWeight(NamedTuple):
     size: int
     chooseable: int  # how many entries may go
     scale: float  # power of two that keeps the squares within float64
-    energy: float  # sum of squares of scale * weight, over what may go
+    energy: float  # about the sum of squares of scale * weight, over what may go
 
 
 def block_size(tensor: Tensor) -> int:
@@ -77,7 +78,7 @@ class Reading(NamedTuple):
     size: int
     chooseable: int
     scale: float  # infinite where nothing may go
-    energy: float  # sum of squares of scale * weight; NaN or infinite where the weight is
+    energy: float  # about the sum of squares of scale * weight; NaN or infinite where that is
 
 
 def read_weight(blocks: Blocks, what: str) -> FlatWeight:
@@ -97,7 +98,7 @@ def weight_of(blocks: Blocks, readings: Sequence[Reading], what: str) -> FlatWei
 
 
 def read_part(blocks: Blocks) -> Reading:
-    """Count the entries that are here, and sum their squares."""
+    """Count the entries that are here, and sum their squares, as nearly as a sample needs it."""
     found = _scale(blocks)
     scale = 1.0 if math.isinf(found) else found
     size, chooseable, energies, others, scratch = 0, [], [], [], Scratch()
@@ -107,7 +108,7 @@ def read_part(blocks: Blocks) -> Reading:
             chooseable.append(count_true(allowed))
             others.append(_zero_if_finite(weight))
             weight = magnitude_of(weight, allowed, scratch).clamp_(min=0.0)
-        energies.append(_energy(weight, scale, scratch))
+        energies.append(_about_energy(weight, scale, scratch))
     energy = total(energies) + total(others)
     return Reading(size, int(total(chooseable)) if chooseable else size, found, energy)
 
@@ -122,6 +123,18 @@ def _scale(blocks: Blocks) -> float:
             largest.append(magnitude_of(weight, allowed, scratch).max())
     top = torch.stack(largest).max() if largest else torch.tensor(-1.0)
     return unit_scale(top).item() if top >= 0 else math.inf
+
+
+def _about_energy(values: Tensor, scale: float, scratch: Scratch) -> Tensor | float:
+    """Sum the squares of one block in float32 where that is near enough, else in float64."""
+    if values.device.type == "cpu" and values.dtype != torch.float64:
+        narrow = values
+        if values.dtype != torch.float32:
+            narrow = scratch.take("narrow", values, torch.float32).copy_(values)
+        energy = float(torch.dot(narrow, narrow))
+        if FAINT < energy < math.inf:  # neither too small, nor too large, nor NaN
+            return energy
+    return _energy(values, scale, scratch)
 
 
 def _zero_if_finite(weight: Tensor) -> Tensor | float:
