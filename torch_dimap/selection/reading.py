@@ -190,7 +190,7 @@ def _energy(values: Tensor, scale: float, scratch: Scratch) -> Tensor | float:
         wide.mul_(scale)
     if wide.device.type != "cpu":
         return torch.dot(wide, wide)
-    # All rows in one call: threads would wait for Python's lock between many.
+    # All rows in one call: NumPy keeps Python's lock during it, but many calls take longer.
     count = wide.numel() // DOT
     rows, rest = wide[: count * DOT].view(count, 1, DOT).numpy(), wide[count * DOT :].numpy()
     return float(np.matmul(rows, rows.transpose(0, 2, 1)).sum() + np.dot(rest, rest))
