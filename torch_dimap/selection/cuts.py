@@ -13,7 +13,7 @@ from torch_dimap.selection.reading import (
     Blocks,
     Scratch,
     block_size,
-    greater,
+    larger,
     magnitude_of,
     places,
 )
@@ -35,10 +35,9 @@ def apply_cut(
     """Yield the mask of each block, True for what stays; written to ``outs`` if given."""
     ties, scratch = cut.ties, Scratch()
     for block, out in zip(blocks, outs):
-        magnitude = magnitude_of(*block, scratch)
-        keep = greater(magnitude, cut.magnitude, out)
+        keep = larger(*block, cut.magnitude, scratch, out)
         if ties:
-            tied = places(magnitude == cut.magnitude)[:ties]
+            tied = places(magnitude_of(*block, scratch) == cut.magnitude)[:ties]
             keep[tied] = True
             ties -= tied.numel()
         yield keep

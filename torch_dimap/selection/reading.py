@@ -14,7 +14,6 @@ from torch import Tensor
 from torch_dimap.selection.importance import no_rank, unit_scale
 
 CPU_BLOCK = 1 << 18  # entries: magnitude, float64 copy and flags stay in cache
-DOT = 1 << 13  # entries of a dot product: beyond 10,000 BLAS libraries share it among threads
 FAINT = 2.0**-80  # a sum of squares in float32 under which small ones may have been lost
 DEVICE_BLOCK = 1 << 20  # enough to fill a GPU; larger blocks only widen the error bound
 
@@ -188,12 +187,21 @@ def _energy(values: Tensor, scale: float, scratch: Scratch) -> Tensor | float:
     wide = scratch.take("wide", values, torch.float64).copy_(values)
     if scale != 1.0:
         wide.mul_(scale)
-    if wide.device.type != "cpu":
-        return torch.dot(wide, wide)
-    # All rows in one call: NumPy keeps Python's lock during it, but many calls take longer.
-    count = wide.numel() // DOT
-    rows, rest = wide[: count * DOT].view(count, 1, DOT).numpy(), wide[count * DOT :].numpy()
-    return float(np.matmul(rows, rows.transpose(0, 2, 1)).sum() + np.dot(rest, rest))
+    norm = torch.linalg.vector_norm(wide)  # NumPy's products keep Python's lock meanwhile
+    return norm * norm if norm.device.type != "cpu" else norm.item() ** 2
+
+
+def larger(
+    values: Tensor, chooseable: Tensor | None, than: float, scratch: Scratch, out: Tensor | None
+) -> Tensor:
+    """Compare the magnitudes of one block with a number, False where nothing may be chosen."""
+    if chooseable is not None or values.device.type != "cpu" or values.itemsize == 2:
+        return greater(magnitude_of(values, chooseable, scratch), than, out)
+    # Both signs at once: two comparisons take less time than one that waits for magnitudes.
+    above = greater(values, than, out)
+    below = np.less(values.numpy(), -than, out=scratch.take("below", above).numpy())
+    np.logical_or(above.numpy(), below, out=above.numpy())
+    return above
 
 
 def greater(magnitude: Tensor, than: float, out: Tensor | None = None) -> Tensor:
