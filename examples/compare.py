@@ -10,6 +10,8 @@ Give one checkpoint for each seed of training; the table then shows means, lowes
 With --reconstruct 512 every model is also measured with its kept weights refitted on so many
 training images, without their labels: layer after layer, and each layer for itself. A row
 then says how many test images this gained and lost against one-shot, for paired tests.
+Every row says how far the model is from the dense one, labels aside: for how many test images
+both have the same answer, in %, and the mean Kullback-Leibler divergence, in nats.
 Writes one_shot.csv (every measurement), one_shot.md and one_shot.png to --output.
 """
 
@@ -22,9 +24,11 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from images import (
     add_data_arguments,
+    answers_of,
     autocast,
     foreign_batches,
     open_splits,
@@ -32,7 +36,6 @@ from images import (
     test_loader,
     training_loader,
     unlabelled_batches,
-    which_correct,
 )
 from methods import METHODS, SCORED, prune_to
 from models import add_model_kwargs_argument, fail, load_model, whole_or_not_at_all
@@ -156,15 +159,28 @@ def compare(
 ) -> list[dict]:
     """Return a row for the dense model and one for every method and amount."""
 
-    def right(model: nn.Module) -> Tensor:
+    def answer(model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return the logarithms of the probabilities, and which images the model gets right."""
         bar.update()
-        return which_correct(model, test, options)
+        batches = [
+            (outputs.float().log_softmax(1), outputs.argmax(1) == labels)
+            for outputs, labels in answers_of(model, test, options)
+        ]
+        logarithms, correct = zip(*batches)
+        return torch.cat(logarithms), torch.cat(correct)
 
-    def top1(correct: Tensor) -> float:
-        return 100 * int(correct.sum()) / len(test.dataset)
+    def measures(logarithms: Tensor, correct: Tensor) -> dict[str, float]:
+        same = logarithms.argmax(1) == reference.argmax(1)
+        divergence = F.kl_div(logarithms, reference, reduction="batchmean", log_target=True)
+        return {
+            "top1": 100 * int(correct.sum()) / len(correct),
+            "agreement": 100 * int(same.sum()) / len(correct),
+            "divergence": round(float(divergence), 6),
+        }
 
-    rows = [{"method": "dense", "amount": 0.0, "parameters_removed": 0.0,
-             "top1": top1(right(dense))}]  # fmt: skip
+    reference, correct = answer(dense)
+    rows: list[dict] = [{"method": "dense", "amount": 0.0, "parameters_removed": 0.0,
+                         **measures(reference, correct)}]  # fmt: skip
     for method, amount in itertools.product(options.methods, options.amounts):
         pruned = copy.deepcopy(dense)
         set_seeds(options.seed)
@@ -172,9 +188,10 @@ def compare(
         prune_to(pruned, method, amount, scores)
         removed = 1 - torch_dimap.summarize(pruned).model.density
         for how, model in reconstructed(pruned, train, test, options):
-            correct = right(model)
+            logarithms, correct = answer(model)
             row = {"method": method + how, "amount": amount,
-                   "parameters_removed": round(removed, 6), "top1": top1(correct)}  # fmt: skip
+                   "parameters_removed": round(removed, 6),
+                   **measures(logarithms, correct)}  # fmt: skip
             if not how:
                 one_shot = correct
             else:

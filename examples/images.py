@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -218,20 +218,19 @@ def count_correct(
 
     Processes that share the weights of a sharded model must all make as many ``forwards``.
     """
-    return int(which_correct(model, loader, options, forwards).sum())
+    answers = answers_of(model, loader, options, forwards)
+    return sum(int((outputs.argmax(1) == labels).sum()) for outputs, labels in answers)
 
 
 @torch.no_grad()
-def which_correct(
+def answers_of(
     model: nn.Module, loader: DataLoader, options: argparse.Namespace, forwards: int = 0
-) -> Tensor:
-    """Tell of each of the loader's images whether the model puts it first in its class."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the model's outputs for each of the loader's batches, and the batch's labels."""
     model.eval()
-    correct = []
     for images, labels in loader:
         with autocast(options):
             outputs = model(images.to(options.device, non_blocking=True))
-        correct.append(outputs.argmax(1) == labels.to(options.device))
+        yield outputs, labels.to(options.device)
     for _ in range(forwards - len(loader)):
         model(images.to(options.device))
-    return torch.cat(correct) if correct else torch.zeros(0, dtype=torch.bool)

@@ -140,7 +140,7 @@ def test_compare_says_what_a_refit_gains_and_loses(data, tmp_path, run):
         0.9, "--reconstruct", 8, "--damping", 0.01, 0.1, "--ways", "order", "--output",
         tmp_path / "out")  # fmt: skip
     with open(tmp_path / "out" / "one_shot.csv", newline="") as file:
-        _, one_shot, *refitted = csv.DictReader(file)
+        dense, one_shot, *refitted = csv.DictReader(file)
     assert [row["method"] for row in refitted] == [
         f"dimap, in order, 8 images, damping {damping:g}" for damping in (0.01, 0.1)
     ]
@@ -149,6 +149,9 @@ def test_compare_says_what_a_refit_gains_and_loses(data, tmp_path, run):
         change = int(row["gained"]) - int(row["lost"])
         assert 100 * change / images == pytest.approx(float(row["top1"]) - float(one_shot["top1"]))
     assert not one_shot["gained"]
+    assert (float(dense["agreement"]), float(dense["divergence"])) == (100, 0)
+    for row in refitted:  # on the very kind of images, the outputs come nearer to the dense ones
+        assert 0 < float(row["divergence"]) < float(one_shot["divergence"])
 
 
 def test_compare_refuses_a_damping_of_nothing(run, capsys):
