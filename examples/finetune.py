@@ -237,6 +237,8 @@ def run(options: argparse.Namespace) -> None:
         prune(schedule, 0, options)
     if options.reconstruct and not state:
         reconstruct_alike(model, train, test, options)
+        if ema is not None:
+            ema.set(model)
     training = prepare(model, loader, options, schedule, state, ema)
     forward = model if world == 1 or options.fsdp else DistributedDataParallel(
         model, device_ids=[torch.cuda.current_device()] if options.device == "cuda" else None

@@ -17,8 +17,6 @@ def why_not_sharded(options: argparse.Namespace) -> str:
     if METHODS[options.method][1] != "dimap":
         return (f"prunes by the DIMAP score, found --method {options.method}, which ranks whole "
                 "tensors: choose another, or leave it out")  # fmt: skip
-    if options.reconstruct:
-        return "shards layers that --reconstruct needs whole: leave one of them out"
     return "takes --amp bfloat16 or none" if options.amp == "float16" else ""
 
 

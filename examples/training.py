@@ -120,8 +120,12 @@ def reconstruct_alike(
     batches = unlabelled_batches(
         train, options.reconstruct, options.batch_size, test.transform, options.seed
     )
+    if options.fsdp:  # processes that share a model share the images, too
+        rank, world = dist.get_rank(), dist.get_world_size()
+        own = torch.cat(batches)[rank::world]
+        batches = list(own.tensor_split(math.ceil(len(batches) / world)))
     torch_dimap.reconstruct(model, batches)
-    if dist.is_initialized():  # on GPUs the same sums may differ in their last bits
+    if dist.is_initialized() and not options.fsdp:  # on GPUs sums may differ in their last bits
         for parameter in model.parameters():
             dist.broadcast(parameter.data, src=0)
 

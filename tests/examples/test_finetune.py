@@ -66,11 +66,11 @@ def column(output, key):
     return [float(row[key]) for row in log(output)]
 
 
-def assert_same_but_for_rounding(*outputs):
+def assert_same_but_for_rounding(*outputs, weights_within=1e-5):
     for key, tolerance in (("loss", 1e-5), ("top1", 0), ("zeros", 0), ("lr", 0)):
         np.testing.assert_allclose(*(column(output, key) for output in outputs), rtol=tolerance)
     weights = (load_file(output / "model.safetensors") for output in outputs)
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=weights_within)
 
 
 def test_finetune_prunes_bakes_and_saves_a_plain_model(data, tmp_path, run):
@@ -181,7 +181,8 @@ def test_finetune_in_two_processes_has_the_losses_of_one(data, tmp_path, run):
 def test_finetune_sharded_has_the_losses_of_one_process_and_resumes_on_others(data, tmp_path, run):
     if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
         pytest.skip("this torch has fully_shard elsewhere")
-    words = ("--amount", 0.5, "--steps", 2, "--ema-decay", 0.5, "--epochs", 9, *PLAIN)
+    words = ("--amount", 0.5, "--steps", 2, "--ema-decay", 0.5, "--epochs", 9, "--reconstruct", 16,
+             *PLAIN)  # fmt: skip
     run(*arguments(data, tmp_path / "one", *words))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     sharded = arguments(data, tmp_path / "two", *words, "--batch-size", 4, "--fsdp")
@@ -195,7 +196,8 @@ def test_finetune_sharded_has_the_losses_of_one_process_and_resumes_on_others(da
     two = start(*sharded, "--resume", torchrun=torchrun)
     output, _ = two.communicate(timeout=120)
     assert two.returncode == 0, output
-    assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two")
+    # Of sums in another order a refit ends a little elsewhere.
+    assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two", weights_within=1e-4)
     run(*arguments(data, tmp_path / "other", *words, "--batch-size", 4, "--resume"))
     assert column(tmp_path / "other", "zeros") == column(tmp_path / "one", "zeros")
     assert sorted(os.listdir(tmp_path / "other")) == sorted(os.listdir(tmp_path / "two"))
@@ -384,7 +386,6 @@ def test_finetune_stops_at_a_loss_that_is_not_finite(data, tmp_path, run):
         (["--amount", "0.5", "--ema-decay", "1"], "--ema-decay must lie between 0 and 1"),
         (["--amount", "0.5", "--fsdp", "--method", "units"], "--fsdp cannot mask whole units"),
         (["--amount", "0.5", "--fsdp", "--method", "random"], "--fsdp prunes by the DIMAP score"),
-        (["--amount", "0.5", "--fsdp", "--reconstruct", "8"], "--reconstruct needs whole"),
         (["--amount", "0.5", "--fsdp", "--amp", "float16"], "--amp bfloat16 or none"),
     ],
 )

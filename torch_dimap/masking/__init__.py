@@ -1,11 +1,12 @@
 """Whose weights, and how does a mask hold? Groups, checks, and torch's own hooks."""
 
 from torch_dimap.masking.amounts import amounts_by_group, check_amount, count_to_prune, warn_of_few
-from torch_dimap.masking.attaching import all_or_nothing, attach, bake, snapshot
+from torch_dimap.masking.attaching import all_or_nothing, attach, bake, show_masked, snapshot
 from torch_dimap.masking.checked import listed
 from torch_dimap.masking.choice import choose_masks, left_of, unpruned_by_group
 from torch_dimap.masking.grouping import Rule, builtin_rule, group_parameters, unwrapped_name
 from torch_dimap.masking.layers import (
+    BEFORE_SHARDING,
     Layer,
     Pair,
     computed_by,
@@ -40,10 +41,11 @@ from torch_dimap.masking.targets import (
     find_layers_in,
     refuse_taken_names,
 )
-from torch_dimap.masking.trials import stand_in_for_shards, untouched
+from torch_dimap.masking.trials import drop_hooks_of_shards, stand_in_for_shards, untouched
 from torch_dimap.masking.values import Scores, check_values
 
 __all__ = [
+    "BEFORE_SHARDING",
     "SINGLE_GROUP",
     "DimapUnstructured",
     "Layer",
@@ -65,6 +67,7 @@ __all__ = [
     "count_nonzero",
     "count_to_prune",
     "dimap_unstructured",
+    "drop_hooks_of_shards",
     "find_layers",
     "find_layers_in",
     "global_module_aware_unstructured",
@@ -84,6 +87,7 @@ __all__ = [
     "refuse_taken_names",
     "release",
     "remove_all",
+    "show_masked",
     "snapshot",
     "stand_in_for_shards",
     "survey",

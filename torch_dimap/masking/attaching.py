@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torch_dimap.masking.layers import Layer
+from torch_dimap.masking.layers import Layer, pruning_methods
 from torch_dimap.masking.readers import known_readers
 from torch_dimap.masking.sharded import ShardedMask, drop_after, stop_dropping
 from torch_dimap.sharding import is_sharded, managed_names, rename, spread
@@ -73,6 +73,15 @@ def _product(
     if type(method).apply_mask is not prune.BasePruningMethod.apply_mask:
         return method.apply_mask(module)
     return mask.to(orig.dtype, copy=True).mul_(orig)
+
+
+def show_masked(module: nn.Module) -> None:
+    """Put masked values in the place of a module's pruned tensors, as its next forward will."""
+    for method in pruning_methods(module):
+        if isinstance(method, ShardedMask):
+            method.rest(module)
+        else:
+            setattr(module, method._tensor_name, method.apply_mask(module))
 
 
 def bake(layer: Layer) -> None:

@@ -37,6 +37,12 @@ def stand_in_for_shards(model: nn.Module, caller: str) -> None:
             module._parameters[key] = nn.Parameter(whole, requires_grad=False)
         for method in [x for x in pruning_methods(module) if isinstance(x, ShardedMask)]:
             vars(module)[method._tensor_name] = getattr(module, f"{method._tensor_name}_orig")
+    drop_hooks_of_shards(model)
+
+
+def drop_hooks_of_shards(model: nn.Module) -> None:
+    """Take away the hooks that gather and mask sharded weights: inside of :func:`untouched`."""
+    for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 if isinstance(hook, ShardedMask) or hook is drop_gathered or gathers(hook):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_dimap.sharding import Processes
+
 _CHUNK = 2**24  # entries of the inputs that are multiplied at once
 
 
@@ -49,6 +51,14 @@ class Moments:
             self.error += error.square().sum(dtype=torch.float64)
             self.target += target.square().sum(dtype=torch.float64)
         self.tokens += len(inputs)
+
+    def join(self, processes: Processes | None) -> None:
+        """Add up what all processes have taken in, where there are several."""
+        if processes is not None:
+            tokens = self.target.new_tensor(self.tokens)
+            for each in (self.inputs, self.errors, self.error, self.target, tokens):
+                processes.add_up(each)
+            self.tokens = int(tokens)
 
     def check(self, what: str) -> None:
         """Raise if there was NaN or infinity among what was added up."""

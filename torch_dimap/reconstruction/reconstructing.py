@@ -12,20 +12,26 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torch_dimap.masking import (
+    BEFORE_SHARDING,
     Layer,
     Parameters,
     check_layer,
     find_layers_in,
     pruned_tensors,
-    pruning_methods,
-    refuse_sharded,
+    show_masked,
 )
-from torch_dimap.reconstruction.batches import read_batches
+from torch_dimap.reconstruction.batches import Call, read_batches
 from torch_dimap.reconstruction.refitting import Misfit, Refit, gather
 from torch_dimap.reconstruction.steps import Trace
 from torch_dimap.reconstruction.streams import Stream, dense_weights, other_values
 from torch_dimap.reconstruction.study import holders, study
-from torch_dimap.sharding import rest_sharded
+from torch_dimap.sharding import (
+    Processes,
+    agree,
+    processes_of,
+    rest_sharded,
+    spread_by_plan,
+)
 from torch_dimap.text import name_some
 
 CALLER = "reconstruct()"
@@ -53,6 +59,10 @@ def reconstruct(
     no dense model any more.
 
     A failure or Ctrl-C leaves the model as it was.
+
+    Of a model that ``fully_shard`` has spread all processes make the call, each with as many
+    batches of its own, which count together. A module is gathered while it runs, a layer while it
+    is refitted.
 
     Args:
         model: a pruned model; it is run in evaluation mode and comes back in its own.
@@ -83,7 +93,8 @@ def reconstruct(
     Raises:
         TypeError: for arguments of a wrong type.
         ValueError: if there are no masked weights, no images, or NaN in them; if layers are
-            used otherwise than linear layers and 1x1 convolutions; for a damping of 0.
+            used otherwise than linear layers and 1x1 convolutions; for a damping of 0; for
+            weights that a tensor-parallel plan has spread.
         RuntimeError: if batches use the layers differently.
 
     Source: the problem is that of Frantar and Alistarh, "Optimal Brain Compression", 2022
@@ -99,22 +110,38 @@ def reconstruct(
         True
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    layers = _masked_layers(model, groups)
-    check_damping(damping, CALLER)
-    calls = read_batches(model, batches, CALLER)
+    processes = _processes_of(model)
+
+    def check() -> tuple[tuple[list[Layer], list[Call]], object]:
+        layers = _masked_layers(model, groups)
+        check_damping(damping, CALLER)
+        asked = [x.label for x in layers], float(damping), bool(sequential)
+        return (layers, read_batches(model, batches, CALLER)), asked
+
+    layers, calls = agree(processes, check, CALLER)
+    given = [len(calls)] if processes is None else processes.gather_object(len(calls))
+    if len(set(given)) > 1:
+        raise ValueError(
+            f"{CALLER}: all processes must give equally many batches, found "
+            f"{', '.join(map(str, given))}: they gather each other's weights once for every batch."
+        )
     weights = [dense_weights(_masked_tensors(model)), []]
-    studied = study(model, calls, layers, weights, CALLER, listed=groups is not None)
+    studied = study(
+        model, calls, layers, weights, CALLER, listed=groups is not None, processes=processes
+    )
     with torch.inference_mode(False), studied as (found, call):
         dense = Stream(call, len(calls), found.steps, weights[0])
         masked = Stream(call, len(calls), found.steps, weights[1]) if sequential else None
-        with tqdm(total=len(found.uses), unit=" layers", disable=not progress) as bar:
-            values, misfits = _refit_all(dense, masked, found, damping, bar)
+        shown = progress and (processes is None or processes.rank == 0)
+        with tqdm(total=len(found.uses), unit=" layers", disable=not shown) as bar:
+            values, misfits = _refit_all(dense, masked, found, damping, bar, processes)
     _commit(values)
     return misfits
 
 
 def _refit_all(
-    dense: Stream, masked: Stream | None, found: Trace, damping: float, bar: tqdm
+    dense: Stream, masked: Stream | None, found: Trace, damping: float, bar: tqdm,
+    processes: Processes | None,
 ) -> tuple[list[tuple[Layer, Tensor]], dict[str, Misfit]]:
     """Go through the steps of the forward; return new values and what they gain."""
     values: list[tuple[Layer, Tensor]] = []
@@ -124,6 +151,7 @@ def _refit_all(
             refits = [Refit(layer, layer.label in found.biased) for layer in level]
             gather(refits, dense, masked, found)
             for refit in refits:
+                refit.join(processes)
                 new, misfits[refit.layer.label] = refit.solve(damping, CALLER)
                 values += new
                 refit.sums.clear()
@@ -136,17 +164,26 @@ def _refit_all(
     return values, misfits
 
 
-def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
+def _processes_of(model: nn.Module) -> Processes | None:
+    """Return those that hold parts of the model, if there are several."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{CALLER}: model must be an nn.Module, found {type(model).__name__}.")
     rest_sharded(model.modules())
+    if planned := spread_by_plan(model):
+        raise ValueError(
+            f"{CALLER}: {name_some(planned)} spread by a tensor-parallel plan, and whole layers "
+            f"are needed: {BEFORE_SHARDING}."
+        )
+    return processes_of(model.parameters(), CALLER)
+
+
+def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
     if groups is not None:
         listed = [x for layers in find_layers_in(model, groups, CALLER).values() for x in layers]
     else:
         listed = _masked_tensors(model)
         for layer in listed:
             check_layer(layer, CALLER)
-    refuse_sharded([(x.label, x.parameter) for x in listed], CALLER)
     for layer in listed:
         if layer.parameter.is_inference():
             raise ValueError(
@@ -197,5 +234,4 @@ def _commit(values: list[tuple[Layer, Tensor]]) -> None:
             layer.parameter.copy_(value)
         raise
     for module in {layer.module: None for layer, _ in values}:
-        for method in pruning_methods(module):  # what is read without a forward is old
-            setattr(module, method._tensor_name, method.apply_mask(module))
+        show_masked(module)

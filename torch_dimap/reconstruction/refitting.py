@@ -14,6 +14,7 @@ from torch_dimap.reconstruction.solving import solve_masked
 from torch_dimap.reconstruction.steps import Trace
 from torch_dimap.reconstruction.streams import Stream
 from torch_dimap.reconstruction.watching import Use, bias_of
+from torch_dimap.sharding import Processes, laid_out, whole_of
 
 NOISE = 1e-6  # of sums of float32 products, as a part of their norm; less damping would fit it
 
@@ -31,6 +32,7 @@ class Refit:
     Attributes:
         layer: its weight.
         bias: its bias, if that is refitted too.
+        parts: both, or the layer alone.
         dense: the dense weights, with the bias in a last column, float32.
         keep: which of them may change, boolean.
         sums: of the rows from one to another that are multiplied together: usually all.
@@ -38,15 +40,10 @@ class Refit:
 
     def __init__(self, layer: Layer, biased: bool) -> None:
         self.layer, self.bias = layer, bias_of(layer) if biased else None
-        parts = [(x.parameter.detach(), x.mask) for x in (layer, self.bias) if x]
-        self.dense = torch.cat([values.float().reshape(len(values), -1) for values, _ in parts], 1)
-        self.keep = torch.cat(
-            [
-                (torch.ones_like(values) if mask is None else mask).reshape(len(values), -1) != 0
-                for values, mask in parts
-            ],
-            1,
-        )
+        self.parts = [layer, self.bias] if self.bias else [layer]
+        self.dense = _columns([x.parameter for x in self.parts]).float()
+        masks = [torch.ones_like(x.parameter) if x.mask is None else x.mask for x in self.parts]
+        self.keep = _columns(masks) != 0
         self.masked = self.dense * self.keep
         self.sums: dict[tuple[int, int], Moments] = {}
 
@@ -57,12 +54,16 @@ class Refit:
             self.sums[use.rows] = Moments(self.dense[rows])
         self.sums[use.rows].add(use.inputs, wanted, self.dense[rows], self.masked[rows])
 
+    def join(self, processes: Processes | None) -> None:
+        """Add up what the batches of all processes tell, where there are several."""
+        for sums in self.sums.values():
+            sums.join(processes)
+
     def solve(self, damping: float, caller: str) -> tuple[list[tuple[Layer, Tensor]], Misfit]:
         """Return the new values of the parameters, rounded to their dtype, and the gain."""
         parameter = self.layer.parameter
-        columns = parameter[0].numel()
-        values = torch.cat([x.parameter.detach().double().reshape(len(parameter), -1)
-                            for x in (self.layer, self.bias) if x], 1)  # fmt: skip
+        columns = parameter.shape[1:].numel()
+        values = _columns([x.parameter for x in self.parts]).double()
         before = after = wanted = 0.0
         for (first, last), sums in self.sums.items():
             sums.check(f"{caller}: the inputs of {self.layer.label}")
@@ -82,10 +83,16 @@ class Refit:
             wanted += float(sums.target)
         scale = wanted or 1.0
         misfit = Misfit((before / scale) ** 0.5, (after / scale) ** 0.5)
-        refitted = [(self.layer, values[:, :columns].reshape(parameter.shape).to(parameter.dtype))]
-        if self.bias:
-            refitted.append((self.bias, values[:, columns].to(self.bias.parameter.dtype)))
+        split = values[:, :columns].reshape(parameter.shape), values[:, columns:].flatten()
+        refitted = [(part, laid_out(new.to(part.parameter.dtype), part.parameter))
+                    for part, new in zip(self.parts, split)]  # fmt: skip
         return refitted, misfit
+
+
+def _columns(tensors: Sequence[Tensor]) -> Tensor:
+    """Put a weight and its bias side by side, with all of their entries, a row for each output."""
+    wholes = [whole_of(tensor.detach()) for tensor in tensors]
+    return torch.cat([whole.reshape(len(whole), -1) for whole in wholes], 1)
 
 
 def gather(refits: Sequence[Refit], dense: Stream, masked: Stream | None, found: Trace) -> None:

@@ -129,7 +129,7 @@ def steps_hold(
     taken through the steps with each of the weights in turn, which spoils what steps keep.
     """
     whole: dict[int, list[Tensor]] = {}
-    hidden: list[bool] = []
+    hidden, alike = list[bool](), list[bool]()
 
     def noting(i: int, forward: Callable) -> Callable:
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -154,9 +154,8 @@ def steps_hold(
             given = _samples(streams[0].given[i][0])
         except Exception:  # which a whole forward, as that before, did not raise
             return False
-        if len(given) != len(whole[i]) or not all(map(_alike, given, whole[i])):
-            return False
-    return True
+        alike.append(len(given) == len(whole[i]) and all(map(_alike, given, whole[i])))
+    return all(alike)  # known at the end only, so that all processes make the same forwards
 
 
 def _samples(output: Any) -> list[Tensor]:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from torch_dimap.masking import Layer, hold_masks, untouched
 from torch_dimap.reconstruction.batches import Call, to_device
+from torch_dimap.reconstruction.gathering import gather_in_forwards
 from torch_dimap.reconstruction.steps import Swap, Trace, note_last_users, trace
 from torch_dimap.reconstruction.streams import steps_hold
 from torch_dimap.reconstruction.watching import bias_of
+from torch_dimap.sharding import Processes, whole_of
 from torch_dimap.text import name_some, warn
 
 
@@ -27,12 +29,13 @@ def study(
     weights: Sequence[list[Swap]],
     caller: str,
     listed: bool = True,
+    processes: Processes | None = None,
 ) -> Iterator[tuple[Trace, Callable[[int], Any]]]:
     """Make a model ready to be run on batches, and find out how it uses some layers.
 
     ``weights`` are those of the streams to come. Where no user has ``listed`` the layers, those
-    that are no matrices are left alone. Gives the trace, and what runs the model on the batch
-    of a number.
+    that are no matrices are left alone. ``processes`` are those that hold parts of the model,
+    if there are several. Gives the trace, and what runs the model on the batch of a number.
     """
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ValueError(
@@ -50,43 +53,63 @@ def study(
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with untouched(model), _plain_numbers(device):
         hold_masks(model)
-        found = trace(model, lambda: call(0), layers)
-        rest = [layer for layer in layers if layer.label not in found.unclear]
-        if not listed and found.unclear and rest:
-            # What sees each channel by itself lacks nothing where others are gone whole.
-            cut = [x.label for x in layers
-                   if x not in rest and x.mask is not None and not _whole_rows(x.mask)]  # fmt: skip
-            if cut:
-                warn(
-                    f"{caller}: {name_some(sorted(cut))} left alone: the forward does not "
-                    "multiply with them as a linear layer or a 1x1 convolution does."
-                )
-            layers = rest
-            found = trace(model, lambda: call(0), layers)
-        held = holders(model)
-        for layer in layers:
-            bias = bias_of(layer)
-            if bias and held[bias.parameter] > 1:  # another layer's too: it stays
-                found.biased.discard(layer.label)
-        if found.unclear:
-            raise ValueError(
-                f"{caller}: layers must be multiplied as a linear layer or a 1x1 convolution is, "
-                "in the same rows each time, found another product with "
-                f"{name_some(sorted(found.unclear))}: leave them out, as "
-                "groups=group_parameters(model) does."
-            )
-        unused = [layer.label for layer in layers if layer.label not in found.uses]
-        if len(unused) == len(layers):
-            raise ValueError(
-                f"{caller}: the forward must use the layers, found none of them in use: "
-                "give batches that go through them."
-            )
-        if unused:
-            warn(f"{caller}: {name_some(unused)} left alone: the forward does not use them.")
-        note_last_users(found.steps, lambda: call(0))
-        if len(found.steps) > 1 and not steps_hold(call, len(calls), found.steps, weights):
-            found.steps[:] = [found.whole]
+        if processes is not None:
+            gather_in_forwards(model)
+        run = partial(call, 0)
+        found = trace(model, run, layers)
+        if not listed and found.unclear:
+            layers = _matrices_of(layers, found, caller)
+            found = trace(model, run, layers)
+        _check_uses(layers, found, caller)
+        _leave_shared_biases(model, layers, found)
+        note_last_users(found.steps, run)
+        if len(found.steps) > 1:
+            hold = steps_hold(call, len(calls), found.steps, weights)
+            if not (hold if processes is None else all(processes.gather_object(hold))):
+                found.steps[:] = [found.whole]
         yield found, call
+
+
+def _matrices_of(layers: list[Layer], found: Trace, caller: str) -> list[Layer]:
+    """Return the layers that are used as matrices, if there are any."""
+    rest = [layer for layer in layers if layer.label not in found.unclear]
+    # What sees each channel by itself lacks nothing where others are gone whole.
+    masks = [(x.label, x.mask) for x in layers if x not in rest]
+    cut = [label for label, mask in masks if mask is not None and not _whole_rows(whole_of(mask))]
+    if rest and cut:
+        warn(
+            f"{caller}: {name_some(sorted(cut))} left alone: the forward does not multiply with "
+            "them as a linear layer or a 1x1 convolution does."
+        )
+    return rest or layers
+
+
+def _check_uses(layers: list[Layer], found: Trace, caller: str) -> None:
+    """Raise unless a forward uses the layers, and in a way that a refit can follow."""
+    if found.unclear:
+        raise ValueError(
+            f"{caller}: layers must be multiplied as a linear layer or a 1x1 convolution is, "
+            "in the same rows each time, found another product with "
+            f"{name_some(sorted(found.unclear))}: leave them out, as "
+            "groups=group_parameters(model) does."
+        )
+    unused = [layer.label for layer in layers if layer.label not in found.uses]
+    if len(unused) == len(layers):
+        raise ValueError(
+            f"{caller}: the forward must use the layers, found none of them in use: "
+            "give batches that go through them."
+        )
+    if unused:
+        warn(f"{caller}: {name_some(unused)} left alone: the forward does not use them.")
+
+
+def _leave_shared_biases(model: nn.Module, layers: list[Layer], found: Trace) -> None:
+    """Count biases that other layers hold, too, as not added: they stay."""
+    held = holders(model)
+    for layer in layers:
+        bias = bias_of(layer)
+        if bias and held[bias.parameter] > 1:
+            found.biased.discard(layer.label)
 
 
 def _whole_rows(mask: Tensor) -> bool:

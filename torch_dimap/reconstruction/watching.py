@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from torch_dimap.masking import Layer
@@ -122,13 +122,15 @@ def _version(tensor: Tensor) -> int:
 
 
 def _memory(*values: Any) -> set[int]:
-    """Say where the tensors among some values lie."""
+    """Say where the tensors among some values lie; what is sharded has no memory of its own."""
     found = (value for value in tree_leaves(values) if isinstance(value, Tensor) and value.numel())
-    return {value.untyped_storage().data_ptr() for value in found}
+    return {x.untyped_storage().data_ptr() for x in found if not is_traceable_wrapper_subclass(x)}
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     """Say whether two tensors, both alive, are views of the same memory."""
+    if is_traceable_wrapper_subclass(a) or is_traceable_wrapper_subclass(b):
+        return False
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0
 
 

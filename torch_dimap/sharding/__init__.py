@@ -6,6 +6,7 @@ from torch_dimap.sharding.fsdp import (
     managed_names,
     rename,
     rest_sharded,
+    spread_by_plan,
     tied_names,
 )
 from torch_dimap.sharding.layout import (
@@ -42,6 +43,7 @@ __all__ = [
     "rename",
     "rest_sharded",
     "spread",
+    "spread_by_plan",
     "tied_names",
     "whole_of",
 ]

@@ -52,6 +52,23 @@ def tied_names(modules: Iterable[nn.Module]) -> set[tuple[nn.Module, str]]:
     }
 
 
+def spread_by_plan(model: nn.Module) -> list[str]:
+    """Name the parameters that something else than ``fully_shard`` has spread, or both have."""
+    alone = {
+        (x._module_info.module, x._module_info.param_name)
+        for state in _states()
+        for group in _groups(state)
+        for x in group.fsdp_params
+        if not x.is_dtensor  # before it was sharded
+    }
+    return [
+        f"{place}.{name}".removeprefix(".")
+        for place, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if is_sharded(parameter) and (module, name) not in alone
+    ]
+
+
 def rename(
     managed: Mapping[tuple[nn.Module, str], Any], module: nn.Module, old: str, new: str
 ) -> None:

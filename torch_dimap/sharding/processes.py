@@ -46,6 +46,10 @@ class Processes:
         """Return the least of each float64 over all processes."""
         return self._reduce(numbers, dist.ReduceOp.MIN)
 
+    def add_up(self, tensor: Tensor) -> None:
+        """Sum a tensor over all processes, in its place."""
+        dist.all_reduce(tensor, group=self._group)
+
     def gather(self, parts: Sequence[P]) -> list[list[P]]:
         """Return for each place in the list what every process has put there.
 

@@ -1,0 +1,183 @@
+"""Kept weights of sharded models refitted: as those of whole ones on all processes' images."""
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import (
+    Blocks,
+    in_processes,
+    shard_blocks,
+    shard_by_plan,
+    shard_fully,
+    shard_in_both_ways,
+    swin,
+    whole,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+import torch_dimap
+from torch_dimap import global_module_aware_unstructured, group_parameters, reconstruct
+
+
+def images_of(rank, batches=2):
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(4, 3, 32, 32, generator=generator) for _ in range(batches)]
+
+
+def images_of_all(batches=2):
+    return [x for rank in range(dist.get_world_size()) for x in images_of(rank, batches)]
+
+
+def values(model):
+    return {
+        name.replace("module.", ""): whole(value).clone()
+        for name, value in model.state_dict().items()
+    }
+
+
+def assert_near(model, like, tolerance=1e-4):
+    for name, value in values(model).items():
+        value, expected = value.double(), like[name].double()
+        assert (value - expected).norm() <= tolerance * expected.norm(), name
+
+
+def prune(model, amount=0.6):
+    global_module_aware_unstructured(group_parameters(model), amount=amount)
+
+
+def refit_alike(sequential, kwargs):
+    plain, model = swin(), shard_blocks(swin(), **kwargs)
+    prune(plain)
+    prune(model)
+    before = values(model)
+    expected = reconstruct(plain, images_of_all(), sequential=sequential)
+    found = reconstruct(model, images_of(dist.get_rank()), sequential=sequential)
+    assert_near(model, values(plain))
+    for name, misfit in found.items():
+        assert misfit.before == pytest.approx(expected[name].before, rel=1e-3)
+        assert misfit.after == pytest.approx(expected[name].after, rel=1e-3)
+        assert misfit.after < misfit.before
+    after = values(model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.endswith(("weight_orig", "bias")) for name in changed)
+    for name in changed:  # what is behind a mask stays
+        if name.endswith("weight_orig"):
+            gone = before[name.replace("orig", "mask")] == 0
+            assert torch.equal(before[name][gone], after[name][gone])
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_sharded_swin_becomes_what_a_whole_one_becomes(tmp_path, sequential):
+    in_processes(2, tmp_path, refit_alike, sequential, {})
+
+
+def test_shards_of_uneven_sizes_and_shards_that_stay_gathered(tmp_path):
+    in_processes(3, tmp_path, refit_alike, True, {"reshard_after_forward": False})
+
+
+def test_products_are_of_the_stored_weights_whatever_the_forward_casts_to(tmp_path):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    in_processes(2, tmp_path, refit_alike, True, {"mp_policy": policy})
+
+
+def trains_on():
+    model, plain = shard_blocks(swin()), swin()
+    prune(model)
+    model(images_of(0)[0]).sum().backward()  # state of fully_shard's from an earlier training
+    model.zero_grad()
+    reconstruct(model, images_of(dist.get_rank()))
+    whole_values = {k.removesuffix("_orig"): v for k, v in values(model).items() if "mask" not in k}
+    masks = {k: v for k, v in values(model).items() if k.endswith("mask")}
+    for name, mask in masks.items():
+        whole_values[name.removesuffix("_mask")] *= mask
+    plain.load_state_dict(whole_values)
+    x = images_of(7)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+    model(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    gradients = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        expected = gradients[name.removesuffix("_orig")].grad
+        if f"{name.removesuffix('_orig')}_mask" in masks:
+            expected = expected * masks[f"{name.removesuffix('_orig')}_mask"]
+        torch.testing.assert_close(whole(parameter.grad), expected, rtol=1e-3, atol=1e-4)
+    assert torch_dimap.summarize(model).model.density < 1
+
+
+def test_a_refitted_model_gives_and_learns_what_a_whole_one_does(tmp_path):
+    in_processes(2, tmp_path, trains_on)
+
+
+def random_shards(seed):
+    rng = random.Random(seed)
+    sizes = [4, 9, 24, 33]
+    shapes = [(rng.choice(sizes), rng.choice(sizes)) for _ in range(4)]
+    torch.manual_seed(seed)
+    plain = Blocks(shapes)
+    torch.manual_seed(seed)
+    model = shard_fully(Blocks(shapes), random.Random(seed))
+    for each in (plain, model):
+        layers = [(x, name) for x in each.layers for name in ("weight", "bias")]
+        global_module_aware_unstructured(layers, amount=0.5)
+    batches = [torch.randn(64, 33) for _ in range(2 * dist.get_world_size())]
+    reconstruct(plain, batches)
+    reconstruct(model, batches[dist.get_rank() :: dist.get_world_size()])
+    assert_near(model, values(plain), 1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_shapes_and_meshes(tmp_path, seed):
+    in_processes(4, tmp_path, random_shards, seed)
+
+
+def units_too():
+    plain, model = swin(), shard_blocks(swin())
+    for each in (plain, model):
+        torch_dimap.global_module_aware_structured(torch_dimap.group_units(each), amount=0.3)
+    reconstruct(plain, images_of_all())
+    reconstruct(model, images_of(dist.get_rank()))
+    assert_near(model, values(plain))
+
+
+def test_masked_units_are_made_up_for(tmp_path):
+    in_processes(2, tmp_path, units_too)
+
+
+def refusals():
+    model = shard_blocks(swin())
+    with pytest.raises(ValueError, match="must hold masked weights, found none"):
+        reconstruct(model, images_of(0))
+    prune(model)
+    before = values(model)
+    with pytest.raises(ValueError, match="equally many batches, found 1, 2:"):
+        reconstruct(model, images_of(0, 1 + dist.get_rank()))
+    bad = images_of(0)
+    if dist.get_rank() == 1:
+        bad[1][0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"batches\[1\] holds NaN"):  # in both
+        reconstruct(model, bad)
+    with pytest.raises(ValueError, match="another one in process 1"):
+        reconstruct(model, images_of(0), damping=0.1 * (1 + dist.get_rank()))
+
+    def fails(*_):
+        raise RuntimeError("the disk is full")
+
+    handle = model.layers[1].blocks[1].register_forward_pre_hook(fails)
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        reconstruct(model, images_of(0))
+    handle.remove()
+    after = values(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    reconstruct(model, images_of(0))
+    for shard in (shard_by_plan, shard_in_both_ways):
+        planned = shard(Blocks([(8, 8), (8, 8)]), random.Random(1))
+        global_module_aware_unstructured([(x, "weight") for x in planned.layers], amount=0.5)
+        with pytest.raises(ValueError, match="tensor-parallel plan, and whole layers are needed"):
+            reconstruct(planned, [torch.randn(8, 8)])
+
+
+def test_what_cannot_be_refitted_is_refused_in_all_processes(tmp_path):
+    in_processes(2, tmp_path, refusals)
