@@ -197,7 +197,7 @@ def test_finetune_sharded_has_the_losses_of_one_process_and_resumes_on_others(da
     output, _ = two.communicate(timeout=120)
     assert two.returncode == 0, output
     # Of sums in another order a refit ends a little elsewhere.
-    assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two", weights_within=1e-4)
+    assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two", weights_within=1e-3)
     run(*arguments(data, tmp_path / "other", *words, "--batch-size", 4, "--resume"))
     assert column(tmp_path / "other", "zeros") == column(tmp_path / "one", "zeros")
     assert sorted(os.listdir(tmp_path / "other")) == sorted(os.listdir(tmp_path / "two"))
