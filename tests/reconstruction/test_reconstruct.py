@@ -282,6 +282,13 @@ def test_reconstruct_refuses_a_model_without_masks(swin, batches):
         reconstruct(pruned(swin), batches, groups={})
 
 
+def test_reconstruct_names_the_group_that_is_wrong(swin, batches):
+    with pytest.raises(TypeError, match=r"groups\['mine'\]\[0\] must be a \(module, name\) pair"):
+        reconstruct(pruned(swin), batches, groups={"mine": ["qkv"]})
+    with pytest.raises(ValueError, match=r"groups\[0\] lists a Linear that is no part of the model"):
+        reconstruct(pruned(swin), batches, groups=[(nn.Linear(2, 2), "weight")])
+
+
 def test_reconstruct_refuses_a_kernel_that_is_no_matrix(batches):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(1))
     prune.l1_unstructured(model[0], "weight", amount=0.5)

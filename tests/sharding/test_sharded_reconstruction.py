@@ -161,6 +161,9 @@ def refusals():
         reconstruct(model, bad)
     with pytest.raises(ValueError, match="another one in process 1"):
         reconstruct(model, images_of(0), damping=0.1 * (1 + dist.get_rank()))
+    some = {"query": group_parameters(model)["qkv"][:1]}
+    with pytest.raises(ValueError, match="another one in process 1"):
+        reconstruct(model, images_of(0), groups=some if dist.get_rank() else None)
 
     def fails(*_):
         raise RuntimeError("the disk is full")

@@ -38,6 +38,7 @@ from torch_dimap.masking.targets import (
     Parameters,
     check_layer,
     find_layers,
+    find_layers_here,
     find_layers_in,
     refuse_taken_names,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "dimap_unstructured",
     "drop_hooks_of_shards",
     "find_layers",
+    "find_layers_here",
     "find_layers_in",
     "global_module_aware_unstructured",
     "group_parameters",

@@ -30,18 +30,29 @@ def find_layers_in(
     rest_sharded(model.modules())
 
     def find() -> tuple[dict[str, list[Layer]], object]:
-        places = survey(model)
         pairs = group_parameters(model) if parameters is None else parameters
-        groups = find_layers(pairs, caller, places)
-        for layer in (layer for layers in groups.values() for layer in layers):
-            note_readers(layer.module, places[layer.module].readers)
+        groups = find_layers_here(model, pairs, caller)
         return groups, {group: [x.label for x in layers] for group, layers in groups.items()}
 
     return agree(processes_of(model.parameters(), caller), find, caller)
 
 
+def find_layers_here(
+    model: nn.Module, parameters: Parameters, caller: str, argument: str = "parameters"
+) -> dict[str, list[Layer]]:
+    """Resolve pairs of a model in this process alone; note who reads their weights."""
+    places = survey(model)
+    groups = find_layers(parameters, caller, places, argument)
+    for layer in (layer for layers in groups.values() for layer in layers):
+        note_readers(layer.module, places[layer.module].readers)
+    return groups
+
+
 def find_layers(
-    parameters: Parameters, caller: str, places: Mapping[nn.Module, Place] | None = None
+    parameters: Parameters,
+    caller: str,
+    places: Mapping[nn.Module, Place] | None = None,
+    argument: str = "parameters",
 ) -> dict[str, list[Layer]]:
     """Resolve the pairs that a call was given, by group.
 
@@ -49,17 +60,18 @@ def find_layers(
         parameters: as :func:`torch_dimap.global_module_aware_unstructured` takes it.
         caller: the function that was called, for messages.
         places: the modules of the model, where that is known; others are refused.
+        argument: what the caller calls the parameters, for messages.
     """
     if isinstance(parameters, nn.Module) or not isinstance(parameters, Iterable):
         raise TypeError(
-            f"{caller}: parameters must be a mapping group -> (module, name) pairs, or an iterable "
+            f"{caller}: {argument} must be a mapping group -> (module, name) pairs, or an iterable "
             f"of pairs, found {type(parameters).__name__}: see group_parameters(model)."
         )
     flat = not isinstance(parameters, Mapping)
     listed = parameters if isinstance(parameters, Mapping) else {SINGLE_GROUP: parameters}
     groups: dict[str, list[Layer]] = {}
     for group, pairs in listed.items():
-        where = "parameters" if flat else f"parameters[{group!r}]"
+        where = argument if flat else f"{argument}[{group!r}]"
         if isinstance(pairs, nn.Module) or not isinstance(pairs, Iterable):
             raise TypeError(
                 f"{caller}: {where} must be an iterable of (module, name) pairs, "

@@ -16,7 +16,7 @@ from torch_dimap.masking import (
     Layer,
     Parameters,
     check_layer,
-    find_layers_in,
+    find_layers_here,
     pruned_tensors,
     show_masked,
 )
@@ -179,7 +179,8 @@ def _processes_of(model: nn.Module) -> Processes | None:
 
 def _masked_layers(model: nn.Module, groups: Parameters | None) -> list[Layer]:
     if groups is not None:
-        listed = [x for layers in find_layers_in(model, groups, CALLER).values() for x in layers]
+        found = find_layers_here(model, groups, CALLER, "groups")
+        listed = [layer for layers in found.values() for layer in layers]
     else:
         listed = _masked_tensors(model)
         for layer in listed:
