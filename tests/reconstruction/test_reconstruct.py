@@ -285,7 +285,7 @@ def test_reconstruct_refuses_a_model_without_masks(swin, batches):
 def test_reconstruct_names_the_group_that_is_wrong(swin, batches):
     with pytest.raises(TypeError, match=r"groups\['mine'\]\[0\] must be a \(module, name\) pair"):
         reconstruct(pruned(swin), batches, groups={"mine": ["qkv"]})
-    with pytest.raises(ValueError, match=r"groups\[0\] lists a Linear that is no part of the model"):
+    with pytest.raises(ValueError, match=r"groups\[0\] lists a Linear that is no part of"):
         reconstruct(pruned(swin), batches, groups=[(nn.Linear(2, 2), "weight")])
 
 
