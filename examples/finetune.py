@@ -106,7 +106,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         help="test and save an exponential moving average of the weights (default: 0, off)")
     add("--fsdp", action="store_true",
         help="shard the weights over the processes (fully_shard); for methods that rank by the "
-        "DIMAP score, without --reconstruct")
+        "DIMAP score")
     add("--seed", type=int, default=0, help="(default: 0)")
     options = parser.parse_args(words)
     if not 0 <= options.amount <= 1:

@@ -121,9 +121,10 @@ def reconstruct_alike(
         train, options.reconstruct, options.batch_size, test.transform, options.seed
     )
     if options.fsdp:  # processes that share a model share the images, too
-        rank, world = dist.get_rank(), dist.get_world_size()
-        own = torch.cat(batches)[rank::world]
-        batches = list(own.tensor_split(math.ceil(len(batches) / world)))
+        images, world = torch.cat(batches), dist.get_world_size()
+        least = len(images) // world
+        own = images[dist.get_rank() :: world] if least else images
+        batches = list(own.tensor_split(math.ceil(max(1, least) / options.batch_size)))
     torch_dimap.reconstruct(model, batches)
     if dist.is_initialized() and not options.fsdp:  # on GPUs sums may differ in their last bits
         for parameter in model.parameters():

@@ -15,7 +15,12 @@ from processes import (
     swin,
     whole,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch import nn
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 import torch_dimap
 from torch_dimap import global_module_aware_unstructured, group_parameters, reconstruct
@@ -131,6 +136,141 @@ def random_shards(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_random_shapes_and_meshes(tmp_path, seed):
     in_processes(4, tmp_path, random_shards, seed)
+
+
+def list_of_modules(forwards):
+    """fully_shard on several modules at once, fresh or after a forward."""
+    plain, model = swin(), swin()
+    prune(plain)
+    fully_shard([*model.layers[1].blocks])
+    fully_shard([model.layers[0], model.layers[1].downsample])
+    fully_shard(model)
+    prune(model)
+    for _ in range(forwards):
+        model(images_of(0)[0])
+    reconstruct(plain, images_of_all())
+    reconstruct(model, images_of(dist.get_rank()))
+    assert_near(model, values(plain))
+    x = images_of(7)[0]
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("forwards", [0, 1])
+def test_modules_that_are_sharded_together(tmp_path, forwards):
+    in_processes(2, tmp_path, list_of_modules, forwards)
+
+
+def masked_first(by_torch):
+    """Masks that are older than the shards; a Linear is sharded by itself."""
+    plain, model = swin(), swin()
+    for each in (plain, model):
+        if by_torch:
+            for block in each.layers[1].blocks:
+                torch.nn.utils.prune.l1_unstructured(block.mlp.fc1, "weight", amount=0.5)
+        else:
+            prune(each)
+    fully_shard(model.layers[1].blocks[0].mlp.fc1)
+    shard_blocks(model)
+    reconstruct(plain, images_of_all())
+    reconstruct(model, images_of(dist.get_rank()))
+    assert_near(model, values(plain))
+    x = images_of(7)[0]
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_masks_that_are_older_than_the_shards(tmp_path, by_torch):
+    in_processes(2, tmp_path, masked_first, by_torch)
+
+
+class Tied(nn.Module):
+    """An output that shares the weight of an inner layer, called by a method of another name."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.middle, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.last.weight = self.middle.weight
+
+    def embed(self, x):
+        return self.first(x).relu()
+
+    def forward(self, x):
+        return self.last(self.middle(x).relu())
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Tied()
+
+    def forward(self, x):
+        return self.inner(self.inner.embed(x))
+
+
+def ties_and_methods():
+    plain, model = Outer(), Outer()
+    fully_shard(model.inner)
+    fully_shard(model)
+    register_fsdp_forward_method(model.inner, "embed")
+    for each in (plain, model):
+        global_module_aware_unstructured([(each.inner.first, "weight")], amount=0.5)
+    torch.manual_seed(1)
+    batches = [torch.randn(16, 6) for _ in range(2)]
+    with torch.inference_mode():
+        reconstruct(plain, batches)
+        reconstruct(model, [batches[dist.get_rank()]])
+    assert_near(model, values(plain))
+    torch.testing.assert_close(model(batches[0]), plain(batches[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_ties_beside_the_masks_and_methods_that_gather(tmp_path):
+    in_processes(2, tmp_path, ties_and_methods)
+
+
+def casting():
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    plain, model = swin().bfloat16(), shard_blocks(swin().bfloat16(), mp_policy=policy)
+    prune(plain)
+    prune(model)
+    reconstruct(plain, [x.bfloat16() for x in images_of_all()])
+    reconstruct(model, images_of(dist.get_rank()))
+    assert_near(model, values(plain), 2e-2)
+
+
+def test_inputs_are_cast_as_fully_shard_casts_them(tmp_path):
+    in_processes(2, tmp_path, casting)
+
+
+class Twice(Blocks):
+    """A model that uses its first layer once more where its inputs are marked."""
+
+    def forward(self, x):
+        once = super().forward(x)
+        return once + self.layers[0](x) if x[0, 0] == 0 else once
+
+
+def one_fails_at_the_end():
+    torch.manual_seed(0)
+    model = fully_shard(Twice([(8, 8), (8, 8)]))
+    global_module_aware_unstructured([(x, "weight") for x in model.layers], amount=0.5)
+    own = [parameter.to_local().clone() for parameter in model.parameters()]
+    batches = [torch.randn(16, 8) for _ in range(2)]
+    if dist.get_rank() == 1:
+        batches[1][0, 0] = 0
+        with pytest.raises(RuntimeError, match="must be used alike in all batches"):
+            reconstruct(model, batches)
+    else:
+        with pytest.raises(RuntimeError):
+            reconstruct(model, batches)
+    assert all(torch.equal(a, b.to_local()) for a, b in zip(own, model.parameters()))
+    if dist.get_rank() == 1:
+        raise SystemExit(3)  # which the other one is told of
+
+
+def test_no_process_changes_weights_where_another_one_fails(tmp_path):
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 3"):
+        in_processes(2, tmp_path, one_fails_at_the_end)
 
 
 def units_too():

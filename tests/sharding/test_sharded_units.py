@@ -170,6 +170,7 @@ def gathered():
     for call in (
         lambda: torch_dimap.prune_units_to_latency(model, IMAGES, 0.5),
         lambda: torch_dimap.prune_units_to_flops(model, IMAGES, 0.5),
+        lambda: torch_dimap.wanda_scores(model, [IMAGES]),
         lambda: learning.ClassMasks(model, group_units(model), num_classes=5),
         lambda: learning.SinglePathSearch(dense, target=0.5, steps=4),
         lambda: learning.replace_attentions(dense, {"blocks.0.attn": "conv1"}),

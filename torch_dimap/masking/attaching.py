@@ -76,11 +76,14 @@ def _product(
 
 
 def show_masked(module: nn.Module) -> None:
-    """Put masked values in the place of a module's pruned tensors, as its next forward will."""
+    """Put masked values in the place of a module's pruned tensors, as its next forward will.
+
+    Where masks are older than shards, only a forward can.
+    """
     for method in pruning_methods(module):
         if isinstance(method, ShardedMask):
             method.rest(module)
-        else:
+        elif not is_sharded(getattr(module, f"{method._tensor_name}_orig")):
             setattr(module, method._tensor_name, method.apply_mask(module))
 
 

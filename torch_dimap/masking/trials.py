@@ -43,9 +43,11 @@ def stand_in_for_shards(model: nn.Module, caller: str) -> None:
 def drop_hooks_of_shards(model: nn.Module) -> None:
     """Take away the hooks that gather and mask sharded weights: inside of :func:`untouched`."""
     for module in model.modules():
+        masks = [x for x in pruning_methods(module) if isinstance(x, ShardedMask)
+                 or is_sharded(getattr(module, f"{x._tensor_name}_orig"))]  # fmt: skip
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, ShardedMask) or hook is drop_gathered or gathers(hook):
+                if hook in masks or hook is drop_gathered or gathers(hook):
                     del hooks[key]
 
 

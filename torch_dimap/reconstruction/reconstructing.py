@@ -62,7 +62,8 @@ def reconstruct(
 
     Of a model that ``fully_shard`` has spread all processes make the call, each with as many
     batches of its own, which count together. A module is gathered while it runs, a layer while it
-    is refitted.
+    is refitted. What one process raises while the others go on they do not see: they wait until
+    torch's own time limit, or the end of that process, tells them; no weights change then.
 
     Args:
         model: a pruned model; it is run in evaluation mode and comes back in its own.
@@ -135,7 +136,10 @@ def reconstruct(
         shown = progress and (processes is None or processes.rank == 0)
         with tqdm(total=len(found.uses), unit=" layers", disable=not shown) as bar:
             values, misfits = _refit_all(dense, masked, found, damping, bar, processes)
-    _commit(values)
+    with torch.inference_mode(False):
+        # One that has failed since the last exchange does not come here, so that none goes on.
+        agree(processes, lambda: (None, None), CALLER)
+        _commit(values)
     return misfits
 
 
@@ -151,8 +155,7 @@ def _refit_all(
             refits = [Refit(layer, layer.label in found.biased) for layer in level]
             gather(refits, dense, masked, found)
             for refit in refits:
-                refit.join(processes)
-                new, misfits[refit.layer.label] = refit.solve(damping, CALLER)
+                new, misfits[refit.layer.label] = refit.solve(damping, CALLER, processes)
                 values += new
                 refit.sums.clear()
                 bar.update()
@@ -227,12 +230,15 @@ def check_damping(damping: Any, caller: str) -> None:
 def _commit(values: list[tuple[Layer, Tensor]]) -> None:
     """Write new values into the parameters: into all, or into none."""
     before = [layer.parameter.detach().clone() for layer, _ in values]
+    modules = {layer.module: None for layer, _ in values}
     try:
         for layer, value in values:
             layer.parameter.copy_(value)
+        for module in modules:  # what is read without a forward is old
+            show_masked(module)
     except BaseException:
         for (layer, _), value in zip(values, before):
             layer.parameter.copy_(value)
+        for module in modules:
+            show_masked(module)
         raise
-    for module in {layer.module: None for layer, _ in values}:
-        show_masked(module)

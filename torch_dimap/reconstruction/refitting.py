@@ -54,18 +54,19 @@ class Refit:
             self.sums[use.rows] = Moments(self.dense[rows])
         self.sums[use.rows].add(use.inputs, wanted, self.dense[rows], self.masked[rows])
 
-    def join(self, processes: Processes | None) -> None:
-        """Add up what the batches of all processes tell, where there are several."""
-        for sums in self.sums.values():
-            sums.join(processes)
+    def solve(
+        self, damping: float, caller: str, processes: Processes | None
+    ) -> tuple[list[tuple[Layer, Tensor]], Misfit]:
+        """Return the new values of the parameters, rounded to their dtype, and the gain.
 
-    def solve(self, damping: float, caller: str) -> tuple[list[tuple[Layer, Tensor]], Misfit]:
-        """Return the new values of the parameters, rounded to their dtype, and the gain."""
+        Where there are several processes, the batches of all of them count.
+        """
         parameter = self.layer.parameter
         columns = parameter.shape[1:].numel()
         values = _columns([x.parameter for x in self.parts]).double()
         before = after = wanted = 0.0
         for (first, last), sums in self.sums.items():
+            sums.join(processes)
             sums.check(f"{caller}: the inputs of {self.layer.label}")
             keep, old = self.keep[first:last], values[first:last]
             # Where there are more inputs than tokens, most of a fit would be chance.
@@ -75,6 +76,8 @@ class Refit:
             ridge[:columns].clamp_(min=NOISE * sums.inputs.norm())
             change = solve_masked(sums.inputs, sums.errors, keep, ridge, float(sums.error))
             new = torch.where(keep, (old + change).to(parameter.dtype).double(), old)
+            if processes is not None:  # replicas must not differ in their last bits
+                processes.hand_out(new)
             change = new - old  # as rounded
             values[first:last] = new
             gain = (change * (2 * sums.errors - change @ sums.inputs)).sum()

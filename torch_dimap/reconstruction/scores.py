@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_dimap.masking import Pair, Parameters, find_layers_in
+from torch_dimap.masking import Pair, Parameters, find_layers_in, refuse_sharded_model
 from torch_dimap.reconstruction.batches import read_batches
 from torch_dimap.reconstruction.reconstructing import check_damping
 from torch_dimap.reconstruction.refitting import Refit, gather
@@ -98,6 +98,8 @@ def _scores(
 ) -> dict[Pair, Tensor]:
     """Multiply the weights' magnitudes by a factor for each input, made of x x^T on average."""
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if isinstance(model, nn.Module):
+        refuse_sharded_model(model, caller)
     layers = [x for group in find_layers_in(model, parameters, caller).values() for x in group]
     calls = read_batches(model, batches, caller)
     scores: dict[Pair, Tensor] = {}

@@ -1,7 +1,9 @@
 """Who holds which part of a sharded weight, and how do those processes agree?"""
 
 from torch_dimap.sharding.fsdp import (
+    casts_inputs,
     gathered,
+    gathering_methods,
     gathers,
     managed_names,
     rename,
@@ -28,7 +30,9 @@ __all__ = [
     "Processes",
     "Whole",
     "agree",
+    "casts_inputs",
     "gathered",
+    "gathering_methods",
     "gathers",
     "is_sharded",
     "laid_out",

@@ -7,7 +7,7 @@ the parameter had. A mask gives it another one, ``weight_orig``, which must be t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,13 +54,14 @@ def tied_names(modules: Iterable[nn.Module]) -> set[tuple[nn.Module, str]]:
 
 def spread_by_plan(model: nn.Module) -> list[str]:
     """Name the parameters that something else than ``fully_shard`` has spread, or both have."""
-    alone = {
-        (x._module_info.module, x._module_info.param_name)
+    infos = [
+        x._module_info
         for state in _states()
         for group in _groups(state)
         for x in group.fsdp_params
         if not x.is_dtensor  # before it was sharded
-    }
+    ]
+    alone = {(info.module, info.param_name) for info in infos} | tied_names(model.modules())
     return [
         f"{place}.{name}".removeprefix(".")
         for place, module in model.named_modules()
@@ -80,7 +81,40 @@ def rename(
 
 def gathers(hook: Any) -> bool:
     """Tell the hooks by which ``fully_shard`` gathers for a forward, and lets go after it."""
-    return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"
+    return _state_of(hook) is not None
+
+
+def _state_of(hook: Any) -> Any:
+    """Return whose hook it is, if it is one of those; for a list of modules they are wrapped."""
+    while hook is not None:
+        state = getattr(hook, "__self__", None)
+        if type(state).__name__ == "FSDPState":
+            return state
+        hook = getattr(hook, "__wrapped__", None)
+    return None
+
+
+def gathering_methods(module: nn.Module) -> dict[str, Callable]:
+    """Return by name what gathers a module's weights while it runs, as it was before it did so.
+
+    That is ``forward``, and what ``register_fsdp_forward_method`` was told; nothing if
+    ``fully_shard`` was not called on the module.
+    """
+    if not any(map(gathers, module._forward_pre_hooks.values())):
+        return {}
+    methods = {"forward": module.forward}
+    for name, method in vars(module).items():
+        code = getattr(getattr(method, "__func__", None), "__code__", None)
+        if code is not None and code.co_name == "wrapped_method" and "fsdp" in code.co_filename:
+            methods[name] = method.__wrapped__
+    return methods
+
+
+def casts_inputs(module: nn.Module) -> bool:
+    """Say whether ``fully_shard`` casts a module's inputs to the dtype of its gathered weights."""
+    states = filter(None, map(_state_of, module._forward_pre_hooks.values()))
+    policies = [state._mp_policy for state in states]
+    return any(x.cast_forward_inputs and x.param_dtype is not None for x in policies)
 
 
 def gathered(mask: DTensor, like: Tensor) -> Tensor:

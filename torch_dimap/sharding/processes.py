@@ -50,6 +50,10 @@ class Processes:
         """Sum a tensor over all processes, in its place."""
         dist.all_reduce(tensor, group=self._group)
 
+    def hand_out(self, tensor: Tensor) -> None:
+        """Fill a tensor of each process with that of the first."""
+        dist.broadcast(tensor, self._first, group=self._group)
+
     def gather(self, parts: Sequence[P]) -> list[list[P]]:
         """Return for each place in the list what every process has put there.
 
