@@ -121,14 +121,22 @@ def reconstruct_alike(
         train, options.reconstruct, options.batch_size, test.transform, options.seed
     )
     if options.fsdp:  # processes that share a model share the images, too
-        images, world = torch.cat(batches), dist.get_world_size()
-        least = len(images) // world
-        own = images[dist.get_rank() :: world] if least else images
-        batches = list(own.tensor_split(math.ceil(max(1, least) / options.batch_size)))
+        rank, world = dist.get_rank(), dist.get_world_size()
+        batches = share_of(torch.cat(batches), rank, world, options.batch_size)
     torch_dimap.reconstruct(model, batches)
     if dist.is_initialized() and not options.fsdp:  # on GPUs sums may differ in their last bits
         for parameter in model.parameters():
             dist.broadcast(parameter.data, src=0)
+
+
+def share_of(images: torch.Tensor, rank: int, world: int, size: int) -> list[torch.Tensor]:
+    """Return the batches of one process: in each as many, about of a size, and none empty.
+
+    Where there are fewer images than processes, each has all of them.
+    """
+    least = len(images) // world
+    own = images[rank::world] if least else images
+    return list(own.tensor_split(math.ceil(max(1, least) / size)))
 
 
 def updates_per_epoch(loader: DataLoader, options: argparse.Namespace) -> int:

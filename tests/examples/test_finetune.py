@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+import training
 from safetensors.torch import load_file
 from small_swin import KWARGS, PRUNABLE, SMALL, SWIN
 
@@ -175,6 +176,18 @@ def test_finetune_in_two_processes_has_the_losses_of_one(data, tmp_path, run):
     output, _ = two.communicate()
     assert two.returncode == 0, output
     assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("count, world, size", [(16, 2, 4), (3, 2, 1), (17, 2, 1), (1, 2, 8),
+                                                (5, 4, 2), (4, 4, 8), (33, 3, 5)])  # fmt: skip
+def test_images_are_shared_in_equally_many_batches(count, world, size):
+    images = torch.arange(count)
+    shares = [training.share_of(images, rank, world, size) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    assert all(0 < len(batch) <= size + 1 for share in shares for batch in share)
+    seen = torch.cat([batch for share in shares for batch in share])
+    copies = world if count < world else 1
+    assert torch.equal(seen.sort().values, images.repeat_interleave(copies))
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")

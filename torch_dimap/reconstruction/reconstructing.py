@@ -61,9 +61,10 @@ def reconstruct(
     A failure or Ctrl-C leaves the model as it was.
 
     Of a model that ``fully_shard`` has spread all processes make the call, each with as many
-    batches of its own, which count together. A module is gathered while it runs, a layer while it
-    is refitted. What one process raises while the others go on they do not see: they wait until
-    torch's own time limit, or the end of that process, tells them; no weights change then.
+    batches of its own, which count together. A module is gathered while it runs, and so are the
+    layers that are refitted together. What one process raises while the others go on they do not
+    see: they wait until torch's own time limit, or the end of that process, tells them; no
+    weights change then.
 
     Args:
         model: a pruned model; it is run in evaluation mode and comes back in its own.
