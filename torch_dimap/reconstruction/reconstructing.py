@@ -89,8 +89,8 @@ def reconstruct(
         a part of their norm.
 
     Warns:
-        UserWarning: for masked weights that the forward does not use, or not as a matrix; for
-            entries of a tuple that may be more than labels.
+        UserWarning: for masked weights that the forward does not multiply with, or not as with
+            a matrix; for entries of a tuple that may be more than labels.
 
     Raises:
         TypeError: for arguments of a wrong type.

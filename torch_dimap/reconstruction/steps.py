@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from torch_dimap.masking import Layer
-from torch_dimap.reconstruction.watching import Use, Watch
+from torch_dimap.reconstruction.watching import Account, Use
 
 _LEVELS = 6  # of a transformer block: qkv, proj, fc1, fc2, and two for cross attention or gates
 
@@ -108,21 +108,21 @@ def trace(model: nn.Module, run: Callable[[], Any], layers: Sequence[Layer]) -> 
         hooks.register_module_forward_hook(leave),
     ]
     try:
-        with Watch(layers, seen) as watch:
+        with Account(layers, seen) as account:
             run()
     finally:
         for handle in handles:
             handle.remove()
     for label, parts in rows.items():
         if any(b < before for (_, before), (b, _) in pairwise(sorted(parts))):
-            watch.unclear.add(label)  # now whole and now in parts: no one fit serves both
+            account.unclear.add(label)  # now whole and now in parts: no one fit serves both
     whole = root.inside[0]
     times = Counter(call.module for call in _all(whole))
     steps = [Step(call.module, call.levels()) for call in _split(whole, times)]
     while len(steps) > 1 and not steps[-1].levels:  # a head, or what only comes after
         steps.pop()
-    unclear = watch.unclear | watch.read & set(uses)
-    biased = watch.biased - watch.bias_read
+    unclear = account.unclear | account.read & set(uses)
+    biased = account.biased - account.bias_read
     return Trace(steps, Step(model, whole.levels()), uses, biased, unclear)
 
 

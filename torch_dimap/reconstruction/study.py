@@ -100,7 +100,7 @@ def _check_uses(layers: list[Layer], found: Trace, caller: str) -> None:
             "give batches that go through them."
         )
     if unused:
-        warn(f"{caller}: {name_some(unused)} left alone: the forward does not use them.")
+        warn(f"{caller}: {name_some(unused)} left alone: the forward multiplies nothing with them.")
 
 
 def _leave_shared_biases(model: nn.Module, layers: list[Layer], found: Trace) -> None:

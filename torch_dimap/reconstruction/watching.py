@@ -51,6 +51,33 @@ class Watch(TorchDispatchMode):
     Args:
         layers: whose weights to look for.
         seen: called with every :class:`Use`; what it raises ends the forward.
+    """
+
+    def __init__(self, layers: Sequence[Layer], seen: Callable[[Use], None]) -> None:
+        super().__init__()
+        self.layers, self.seen = layers, seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS:
+            self.multiply(func, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+    def multiply(self, func: Any, args: Any, kwargs: Any) -> dict[Layer, bool]:
+        """Hand over the uses that a product is; return its layers, and whether each is clear."""
+        found = {}
+        x, w = (args[i] for i in _PRODUCTS[func])
+        for layer in self.layers:
+            weight = getattr(layer.module, layer.name)
+            if _same_memory(w, weight):
+                uses = [] if kwargs else _uses(func, weight, x, w, args)  # addmm's factors
+                for rows, inputs in uses:
+                    self.seen(Use(layer, rows, inputs, _version(x)))
+                found[layer] = bool(uses)
+        return found
+
+
+class Account(Watch):
+    """A watch that keeps account of all else that a forward does with the layers.
 
     Attributes:
         biased: labels of the layers to whose outputs the bias that their module holds was added.
@@ -60,8 +87,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, layers: Sequence[Layer], seen: Callable[[Use], None]) -> None:
-        super().__init__()
-        self.layers, self.seen = layers, seen
+        super().__init__(layers, seen)
         self.biased: set[str] = set()
         self.unclear: set[str] = set()
         self.read: set[str] = set()
@@ -70,14 +96,17 @@ class Watch(TorchDispatchMode):
         self._bare: dict[str, tuple[Tensor, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        multiplied = self._multiplied(func, args, kwargs) if func in _PRODUCTS else []
+        product = func in _PRODUCTS
+        multiplied = self.multiply(func, args, kwargs) if product else {}
         output = func(*args, **(kwargs or {}))
         read = _memory(args, kwargs) - _memory(output)  # without what is only viewed
         added = args[_BIASES[func]] if func in _BIASES and _BIASES[func] < len(args) else None
         for layer in self.layers:
             label, bias = layer.label, bias_of(layer)
+            if not multiplied.get(layer, True):
+                self.unclear.add(label)
             if layer not in multiplied and _memory(getattr(layer.module, layer.name)) & read:
-                self.read.add(label)
+                (self.unclear if product else self.read).add(label)
             if bias is None:
                 continue
             if added is None and layer in multiplied:
@@ -89,23 +118,6 @@ class Watch(TorchDispatchMode):
                 ours = onto and not kwargs and _memory(added) & read
                 (self.biased if ours else self.bias_read).add(label)
         return output
-
-    def _multiplied(self, func: Any, args: Any, kwargs: Any) -> list[Layer]:
-        """Hand over the uses that a product is, and return the layers."""
-        found = []
-        x, w = (args[i] for i in _PRODUCTS[func])
-        for layer in self.layers:
-            weight = getattr(layer.module, layer.name)
-            if _same_memory(w, weight):
-                found.append(layer)
-                uses = [] if kwargs else _uses(func, weight, x, w, args)  # addmm's factors
-                for rows, inputs in uses:
-                    self.seen(Use(layer, rows, inputs, _version(x)))
-                if not uses:
-                    self.unclear.add(layer.label)
-            elif _same_memory(x, weight):
-                self.unclear.add(layer.label)
-        return found
 
 
 def bias_of(layer: Layer) -> Layer | None:
