@@ -198,7 +198,9 @@ def markdown(rows: list[dict]) -> str:
         name = f"2 layers of 1e6, {model}" if model in TIES else name
         to_ours = f"{row['seconds'] / own['seconds']:.2f}" if own else ""
         to_floor = f"{row['seconds'] / floor['seconds']:.2f}" if floor else ""
-        memory = f"{row['extra_bytes'] / floor['extra_bytes']:.2f}" if floor else ""
+        memory = ""
+        if floor and floor["extra_bytes"]:  # none where the process had enough left
+            memory = f"{row['extra_bytes'] / floor['extra_bytes']:.2f}"
         lines.append(
             f"| {name} | {row['prunable']:,} | {method} | {row['seconds']:.3f} | {to_ours} "
             f"| {to_floor} | {row['extra_bytes'] / 1e6:,.0f} | {memory} |"
