@@ -19,6 +19,7 @@ from torch_dimap import (
     summarize,
 )
 from torch_dimap.command.parser import COMMANDS, main
+from torch_dimap.command.table1 import Table1Row
 
 NAME = "swin_tiny_patch4_window7_224"
 
@@ -133,7 +134,10 @@ def test_file_commands_fail_on_one_line(capsys, tmp_path, pruned, arguments, mes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.pt", "old"]
 
 
-def test_table1_prints_markdown(capsys):
+def test_table1_prints_markdown(capsys, monkeypatch):
+    flops = 4_509_194_496, 3_900_000_000, 3_880_000_000
+    row = Table1Row("tiny", 0.15, 28_288_354, 24_406_574, *flops)
+    monkeypatch.setattr("torch_dimap.command.parser.table1", lambda sizes, pretrained: [row])
     code, out, _ = run(capsys, "table1", "--sizes", "tiny", "--markdown")
     assert code == 0 and out.splitlines()[2].startswith("| Swin-T | 15% | 24.41 M | 24.4 M |")
 

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import os
+import sys
 
 import pytest
+import quickstart
 import timm
 import torch
 from safetensors.torch import load_file
-from scripts import run
+from scripts import ROOT, run
 
 from torch_dimap import load_pruned
 
 SWIN, VIT = "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"
 
 
-def test_quickstart_prints_a_table_and_keeps_files(tmp_path):
-    done = run("examples/quickstart.py", "--epochs", 1, "--finetune-epochs", 1,
-               "--amounts", 0.5, "--output", tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    first = done.stdout.splitlines()[0]
-    assert first.startswith("172 training steps: about ")  # 43 x (1 + 3)
-    lines = [line for line in done.stdout.splitlines() if line.strip().startswith("50%")]
+def test_quickstart_prints_a_table_and_keeps_files(tmp_path, capsys, monkeypatch, one_thread):
+    load = quickstart.load_data
+    monkeypatch.setattr(quickstart, "load_data", lambda: [part[:300] for part in load()])
+    monkeypatch.setattr(quickstart, "UNLABELLED", 32)
+    monkeypatch.setattr(sys, "argv", [
+        "quickstart.py", "--epochs", "1", "--finetune-epochs", "1", "--amounts", "0.5",
+        "--output", str(tmp_path),
+    ])  # fmt: skip
+    quickstart.main()
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("40 training steps: about ")  # 10 x (1 + 3)
+    lines = [line for line in rest if line.strip().startswith("50%")]
     assert [line.split()[1] for line in lines] == ["DIMAP", "uniform", "units"]
     computed = [float(line.split()[-1]) for line in lines]
     assert computed[:2] == [100, 100] and 40 < computed[2] < 70
@@ -65,7 +73,7 @@ def test_prune_timm_says_in_words_what_is_wrong(arguments, message):
 
 
 def test_prune_timm_refits_what_is_kept(data, tmp_path):
-    done = run("examples/prune_timm.py", "vit_tiny_patch16_224", "--amount", 0.5, "--random-init",
+    done = run("examples/prune_timm.py", "test_vit", "--amount", 0.5, "--random-init",
                "--images", data, "--reconstruct", 3)  # fmt: skip
     assert done.returncode == 0, done.stderr
     line = next(x for x in done.stdout.splitlines() if x.startswith("Reconstructed on 3 images"))
@@ -73,14 +81,35 @@ def test_prune_timm_refits_what_is_kept(data, tmp_path):
     assert after < before
 
 
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Load a benchmark by its name, and give it the words of a command line."""
+
+    def load(name, *words):
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        return importlib.import_module(name)
+
+    return load
+
+
+def test_benchmarks_measure_in_fresh_processes(tmp_path, benchmark):
+    found = benchmark("prune").measure_in_fresh_process("16000", "torch_dimap", "cpu", 0)
+    assert found["prunable"] == 16000 and found["seconds"] > 0
+    assert benchmark("files").in_fresh_process("make", tmp_path / "file.pth", 0.05, 0) == []
+    assert (tmp_path / "file.pth").is_file()
+
+
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc"
 )
-def test_benchmark_of_pruning_writes_table_and_plot(tmp_path):
-    done = run("benchmarks/prune.py", "--models", VIT, "--methods", "identity", "torch_dimap",
-               "--scaling", 1e5, "--ties", "half-equal", "--repeats", 1,
-               "--output", tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_benchmark_of_pruning_writes_table_and_plot(tmp_path, benchmark, monkeypatch):
+    prune = benchmark(
+        "prune", "--models", VIT, "--methods", "identity", "torch_dimap", "--scaling", 1e5,
+        "--ties", "half-equal", "--repeats", 1, "--output", tmp_path,
+    )  # fmt: skip
+    monkeypatch.setattr(prune, "measure_in_fresh_process", prune.measure)
+    prune.main()
     assert sorted(os.listdir(tmp_path)) == ["prune.csv", "prune.md", "prune.png"]
     rows = list(csv.DictReader(open(tmp_path / "prune.csv")))
     assert [(row["model"], row["method"]) for row in rows] == [
@@ -92,10 +121,13 @@ def test_benchmark_of_pruning_writes_table_and_plot(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read in /proc")
-def test_benchmark_of_files_writes_tables(tmp_path):
-    done = run("benchmarks/files.py", "--model", VIT, "--gigabytes", 0.05, "--formats", "pth",
-               "--repeats", 1, "--folder", tmp_path, "--output", tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_benchmark_of_files_writes_tables(tmp_path, benchmark, monkeypatch):
+    files = benchmark(
+        "files", "--model", VIT, "--gigabytes", 0.05, "--formats", "pth", "--repeats", 1,
+        "--folder", tmp_path, "--output", tmp_path,
+    )  # fmt: skip
+    monkeypatch.setattr(files, "in_fresh_process", lambda *job: files.run_one(list(map(str, job))))
+    files.main()
     assert sorted(os.listdir(tmp_path)) == ["files.csv", "files.md"]
     rows = {row["kind"]: row for row in csv.DictReader(open(tmp_path / "files.csv"))}
     whole, packed = int(rows["save_file"]["bytes"]), int(rows["save_pruned"]["bytes"])

@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import finetune
 import methods
 import numpy as np
 import pytest
+import scripts
 import timm
 import torch
 import torch.distributed as dist
@@ -48,14 +48,24 @@ def run(monkeypatch, one_thread):
     return run
 
 
-def start(*words, torchrun=()):
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *torchrun, str(EXAMPLES / "finetune.py"), *words]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        # Tests that run in the background ignore Ctrl-C, and would hand that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+def start(output, *words, **environment):
+    """Start the script in a process of its own, which prints to a file beside its output."""
+    path = output.with_suffix(".txt")
+    return scripts.start("examples/finetune.py", *words, stdout=path, stderr=path, **environment)
+
+
+def printed(output):
+    return output.with_suffix(".txt").read_text()
+
+
+def wait_for_an_epoch(output, process):
+    while not (output / "log.csv").exists() and process.is_alive():
+        time.sleep(0.01)
+
+
+def in_two_processes(words):
+    done = scripts.run("examples/finetune.py", *words, processes=2)
+    assert done.returncode == 0, done.stderr
 
 
 def log(output):
@@ -171,10 +181,7 @@ def test_finetune_accumulates_to_the_same_losses(data, tmp_path, run):
 def test_finetune_in_two_processes_has_the_losses_of_one(data, tmp_path, run):
     words = ("--amount", 0.5, "--steps", 2, "--ema-decay", 0.5, *PLAIN)
     run(*arguments(data, tmp_path / "one", *words))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = start(*arguments(data, tmp_path / "two", *words, "--batch-size", 4), torchrun=torchrun)
-    output, _ = two.communicate()
-    assert two.returncode == 0, output
+    in_two_processes(arguments(data, tmp_path / "two", *words, "--batch-size", 4))
     assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two")
 
 
@@ -194,21 +201,19 @@ def test_images_are_shared_in_equally_many_batches(count, world, size):
 def test_finetune_sharded_has_the_losses_of_one_process_and_resumes_on_others(data, tmp_path, run):
     if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
         pytest.skip("this torch has fully_shard elsewhere")
-    words = ("--amount", 0.5, "--steps", 2, "--ema-decay", 0.5, "--epochs", 9, "--reconstruct", 16,
+    words = ("--amount", 0.5, "--steps", 2, "--ema-decay", 0.5, "--epochs", 6, "--reconstruct", 16,
              *PLAIN)  # fmt: skip
     run(*arguments(data, tmp_path / "one", *words))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     sharded = arguments(data, tmp_path / "two", *words, "--batch-size", 4, "--fsdp")
-    stopped = start(*sharded, torchrun=torchrun)
-    while not (tmp_path / "two" / "log.csv").exists() and stopped.poll() is None:
-        time.sleep(0.01)
-    stopped.terminate()
-    output, _ = stopped.communicate(timeout=60)
-    assert 1 <= len(log(tmp_path / "two")) < 9, output
+    output = tmp_path / "two"
+    processes = [start(output, *sharded, **rank) for rank in scripts.as_torchrun(2)]
+    wait_for_an_epoch(output, processes[0])
+    for process in processes:
+        process.terminate()
+        process.join()
+    assert 1 <= len(log(output)) < 6, printed(output)
     shutil.copytree(tmp_path / "two", tmp_path / "other")
-    two = start(*sharded, "--resume", torchrun=torchrun)
-    output, _ = two.communicate(timeout=120)
-    assert two.returncode == 0, output
+    in_two_processes([*sharded, "--resume"])
     # Of sums in another order a refit ends a little elsewhere.
     assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two", weights_within=1e-3)
     run(*arguments(data, tmp_path / "other", *words, "--batch-size", 4, "--resume"))
@@ -221,12 +226,12 @@ def test_finetune_resumes_after_a_kill_to_the_same_weights(data, tmp_path, run):
              "--epochs", 9)  # fmt: skip
     whole, killed = (arguments(data, tmp_path / name, *words) for name in ("whole", "killed"))
     run(*whole)
-    process = start(*killed)
-    while not (tmp_path / "killed" / "log.csv").exists() and process.poll() is None:
-        time.sleep(0.01)
+    process = start(tmp_path / "killed", *killed)
+    wait_for_an_epoch(tmp_path / "killed", process)
     time.sleep(0.1)
     process.kill()
-    assert process.wait() == -9, process.stdout.read()
+    process.join()
+    assert process.exitcode == -9, printed(tmp_path / "killed")
     done = len(log(tmp_path / "killed"))
     assert 1 <= done < 9
     run(*killed, "--resume")
@@ -262,12 +267,13 @@ def test_finetune_reconstructs_once_and_resumes_to_the_same_weights(
 
 
 def test_finetune_says_how_to_go_on_after_ctrl_c(data, tmp_path):
-    process = start(*arguments(data, tmp_path / "out", "--amount", 0.5, "--epochs", 30))
-    while not (tmp_path / "out" / "log.csv").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate()
-    assert process.returncode == 130, output
+    words = arguments(data, tmp_path / "out", "--amount", 0.5, "--epochs", 30)
+    process = start(tmp_path / "out", *words)
+    wait_for_an_epoch(tmp_path / "out", process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    output = printed(tmp_path / "out")
+    assert process.exitcode == 130, output
     assert "stopped; --resume goes on" in output
     # Interrupted while it makes a bar, tqdm complains when the half-made bar is deleted.
     assert "Traceback" not in output.partition("Exception ignored")[0]
@@ -279,9 +285,8 @@ def finished(data, tmp_path_factory):
     """The output of a run, and its arguments."""
     output = tmp_path_factory.mktemp("finished") / "out"
     words = arguments(data, output, "--amount", 0.5, "--epochs", 2)
-    process = start(*words)
-    printed, _ = process.communicate()
-    assert process.returncode == 0, printed
+    done = scripts.run("examples/finetune.py", *words)
+    assert done.returncode == 0, done.stderr
     return output, words
 
 
@@ -315,11 +320,10 @@ def test_finetune_refuses_to_resume_from_nothing_or_from_other_files(data, tmp_p
 
 def test_finetune_keeps_the_last_state_when_the_disk_is_full(data, tmp_path, run):
     words = arguments(data, tmp_path / "out", "--amount", 0.5, "--epochs", 8)
-    process = start(*words)
-    while not (tmp_path / "out" / "log.csv").exists() and process.poll() is None:
-        time.sleep(0.01)
+    process = start(tmp_path / "out", *words)
+    wait_for_an_epoch(tmp_path / "out", process)
     process.kill()
-    process.wait()
+    process.join()
     before = (tmp_path / "out" / "last.pth").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import compare_xpruner
 import faithfulness
 import pytest
+import scripts
 import steps
 import timm
 import torch
@@ -168,12 +167,9 @@ def test_comparison_cuts_all_arms_to_one_cost(data, whole, tmp_path, monkeypatch
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 def test_two_processes_learn_what_one_does(data, tmp_path, one_thread):
     xpruner.main(words(data, tmp_path / "one", "--probe-images", 0))
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-           str(Path(xpruner.__file__)),
-           *words(data, tmp_path / "two", "--batch-size", 4, "--probe-images", 0)]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(Path(torch_dimap.__file__).parent.parent),
-                   "OMP_NUM_THREADS": "1"}  # fmt: skip
-    subprocess.run(run, env=environment, check=True, capture_output=True, timeout=280)
+    both = words(data, tmp_path / "two", "--batch-size", 4, "--probe-images", 0)
+    done = scripts.run("examples/xpruner.py", *both, processes=2)
+    assert done.returncode == 0, done.stderr
     one, two = (rows(tmp_path / name / "log.csv") for name in ("one", "two"))
     for alone, both in zip(one, two, strict=True):  # the same images in every step
         assert float(alone["loss"]) == pytest.approx(float(both["loss"]), rel=1e-4)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import scripts
 import torch
 
 from torch_dimap import expand_checkpoint, load_pruned, remove_all
@@ -109,12 +109,7 @@ def test_a_callback_that_comes_too_late_is_refused(tmp_path):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_processes_of_accelerate_come_to_the_masks_of_one(whole, tmp_path):
     """Two processes with half of each batch: the same batches, so the same weights."""
-    root = Path(__file__).parents[2]
-    paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               "2", __file__, str(tmp_path)]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = scripts.run("tests/integrations/test_trainer.py", tmp_path, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["processes"] == 2 and found["rounds"] == 3
