@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
 
 import torch
@@ -54,8 +55,11 @@ def run(script: str, *arguments: object, processes: int = 1) -> subprocess.Compl
             start(script, *arguments, **streams, **environment)
             for environment in (as_torchrun(processes) if processes > 1 else [{}])
         ]
-        for process in started:
-            process.join()
+        while alive := [process for process in started if process.is_alive()]:
+            if any(process.exitcode for process in started):  # the others might wait for it
+                for process in alive:
+                    process.terminate()
+            connection.wait([process.sentinel for process in alive])
         printed = [stream.read_text() for stream in streams.values()]
     status = next((process.exitcode for process in started if process.exitcode), 0)
     return subprocess.CompletedProcess([script, *arguments], status, *printed)

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import time
-from pathlib import Path
 
 import finetune
 import methods
@@ -25,7 +24,6 @@ from small_swin import KWARGS, PRUNABLE, SMALL, SWIN
 
 import torch_dimap
 
-EXAMPLES = Path(finetune.__file__).parent
 # Without chance in the images, processes and batches can be told apart by rounding alone.
 PLAIN = ["--augmentation", "none", "--amp", "none"]
 
