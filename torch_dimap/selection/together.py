@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from itertools import repeat
 
 import numpy as np
 import torch
 
 from torch_dimap.selection.brackets import (
     MARGIN,
+    SAMPLE,
     Limits,
     Sample,
     bracket,
@@ -49,7 +49,8 @@ from torch_dimap.selection.runs import (
 from torch_dimap.selection.search import all_or_none
 from torch_dimap.selection.threads import Map
 
-SAMPLE = 1 << 10  # entries of a weight, over all processes
+LEAST = 1 << 10  # entries of a weight to sample, over all processes
+TOLD = 1 << 8  # bytes of a part for each entry beyond that
 
 Result = tuple[list[Cut], float]
 
@@ -100,7 +101,12 @@ def find_cuts_together(
     if not todo:
         return [result for result in results.values() if result is not None]
     weights = [weight for i in todo for weight in groups[i]]
-    samples = dict(zip(map(id, weights), _samples(weights, exchange, map_)))
+    wanted = [
+        _sample_size(weight, dtype, exchange.processes)
+        for i in todo
+        for weight, dtype in zip(groups[i], dtypes[i])
+    ]
+    samples = dict(zip(map(id, weights), _samples(weights, wanted, exchange, map_)))
     guesses = {
         i: guess_threshold([samples[id(weight)] for weight in groups[i]], counts[i]) for i in todo
     }
@@ -127,8 +133,21 @@ def find_cuts_together(
     return [result for result in results.values() if result is not None]
 
 
-def _samples(weights: list[FlatWeight], exchange: Exchange, map_: Map) -> list[Sample]:
-    here = map_(sampled, weights, repeat(SAMPLE))
+def _sample_size(weight: FlatWeight, dtype: torch.dtype, processes: int) -> int:
+    """Return how many entries of a weight to sample: with more, fewer are left to look at.
+
+    A process sends all others what it has sampled, in a byte or two for each entry.
+    """
+    if processes == 1:
+        return SAMPLE
+    part = weight.size * dtype.itemsize // processes
+    return min(max(LEAST, part // TOLD), SAMPLE)
+
+
+def _samples(
+    weights: list[FlatWeight], wanted: list[int], exchange: Exchange, map_: Map
+) -> list[Sample]:
+    here = map_(sampled, weights, wanted)
     told = exchange.gather([Part((), _shortened(x)) for x in here])
     return [
         sample_of(weight, np.sort(np.concatenate([part.values for part in parts])))
