@@ -35,6 +35,9 @@ def compare(cases, ways):
         for _ in range(3):
             amount = rng.choice([0.0, rng.random() / 2, rng.random()])
             threshold = global_module_aware_unstructured(pairs_of(sharded, seed), amount=amount)
+            told = [{}] * dist.get_world_size()
+            dist.all_gather_object(told, threshold)
+            assert told == [threshold] * len(told), (seed, told)
             found = [[whole(getattr(x, name)) for name in names] for x in sharded.layers]
             if here:
                 expected = global_module_aware_unstructured(pairs_of(alone, seed), amount=amount)
