@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -59,11 +60,6 @@ def printed(output):
 def wait_for_an_epoch(output, process):
     while not (output / "log.csv").exists() and process.is_alive():
         time.sleep(0.01)
-
-
-def in_two_processes(words):
-    done = scripts.run("examples/finetune.py", *words, processes=2)
-    assert done.returncode == 0, done.stderr
 
 
 def log(output):
@@ -179,7 +175,14 @@ def test_finetune_accumulates_to_the_same_losses(data, tmp_path, run):
 def test_finetune_in_two_processes_has_the_losses_of_one(data, tmp_path, run):
     words = ("--amount", 0.5, "--steps", 2, "--ema-decay", 0.5, *PLAIN)
     run(*arguments(data, tmp_path / "one", *words))
-    in_two_processes(arguments(data, tmp_path / "two", *words, "--batch-size", 4))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, scripts.ROOT / "examples" / "finetune.py",
+         *arguments(data, tmp_path / "two", *words, "--batch-size", 4)],
+        env={**os.environ, "PYTHONPATH": str(scripts.ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two")
 
 
@@ -211,7 +214,8 @@ def test_finetune_sharded_has_the_losses_of_one_process_and_resumes_on_others(da
         process.join()
     assert 1 <= len(log(output)) < 6, printed(output)
     shutil.copytree(tmp_path / "two", tmp_path / "other")
-    in_two_processes([*sharded, "--resume"])
+    done = scripts.run("examples/finetune.py", *sharded, "--resume", processes=2)
+    assert done.returncode == 0, done.stderr
     # Of sums in another order a refit ends a little elsewhere.
     assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two", weights_within=1e-3)
     run(*arguments(data, tmp_path / "other", *words, "--batch-size", 4, "--resume"))

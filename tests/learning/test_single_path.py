@@ -164,9 +164,10 @@ def train(search, steps, weight_lr=5e-4, gate_lr=3e-2):
     return optimizer
 
 
-def test_training_comes_down_to_the_target():
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_training_comes_down_to_the_target(build):
     torch.manual_seed(0)
-    search = SinglePathSearch(small_vit(), 0.7, steps=200)
+    search = SinglePathSearch(build(), 0.7, steps=200)
     train(search, 200)
     found = search.choices()
     assert found.share == pytest.approx(0.7, abs=0.02)

@@ -30,9 +30,10 @@ class Using(nn.Module):
         lambda layer, x: layer(x) * layer.weight[0],
         lambda layer, x: layer(x) + x @ layer.weight.t().contiguous(),
         lambda layer, x: layer(x) @ layer.weight,
+        lambda layer, x: layer(x) + (layer.weight @ x.t()).t(),
         lambda layer, x: torch.addmm(layer.bias, x, layer.weight.t(), alpha=0.5),
     ],
-    ids=["elementwise", "copied", "transposed", "scaled"],
+    ids=["elementwise", "copied", "transposed", "first factor", "scaled"],
 )
 def test_reconstruct_refuses_a_weight_that_is_used_otherwise_too(use):
     model = torch_dimap.hold_masks(Using(use))

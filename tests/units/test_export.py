@@ -12,16 +12,12 @@ from torch_dimap import global_module_aware_structured, group_units, learning, r
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-MODELS = {
-    "swin": (make_swin, False), "vit": (make_vit, False),
-    "swin with convolutions": (make_swin, True), "vit with convolutions": (make_vit, True),
-}  # fmt: skip
-
-
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=[
+    (make_swin, False), (make_vit, False), (make_swin, True), (make_vit, True),
+], ids=["swin", "vit", "swin with convolutions", "vit with convolutions"])  # fmt: skip
 def slim(request):
     """A model with uneven numbers of units and a layer without any, or without attentions."""
-    build, replaced = MODELS[request.param]
+    build, replaced = request.param
     model = build().eval()
     if replaced:
         names = [name for name, _ in model.named_modules() if name.endswith(".attn")]
@@ -60,7 +56,6 @@ def test_a_slim_model_is_exported_by_torch(slim, images):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="needs the exporter of torch 2.7")
-@pytest.mark.parametrize("slim", ["swin", "vit with convolutions"], indirect=True)  # both of each
 def test_a_slim_model_gives_the_same_in_onnx_runtime(slim, images, tmp_path):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason=f"export to ONNX needs {package}")
