@@ -12,7 +12,7 @@ from torch import nn
 
 from torch_dimap import DimapUnstructured, global_module_aware_unstructured
 from torch_dimap.selection import search, threaded_map
-from torch_dimap.selection.reading import blocks_of, pick, read_weight
+from torch_dimap.selection.reading import blocks_of, pick, read_part, read_weight, weight_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -32,6 +32,16 @@ def test_a_first_reading_tells_the_energy_nearly(dtype, size):
     flat = read_weight(blocks_of(values, None), "weight")
     exact = (values.double() * flat.scale).square().sum().item()
     assert flat.energy == pytest.approx(exact, rel=1e-5)
+
+
+def test_a_part_of_zeros_leaves_the_scale_to_the_other_parts():
+    tiny = torch.full((4,), 1e-200, dtype=torch.float64)
+    for zeros in (torch.zeros(4, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)):
+        parts = [blocks_of(zeros, None), blocks_of(tiny, None)]
+        together = weight_of(parts[1], [read_part(part) for part in parts], "weight")
+        alone = read_weight(parts[1], "weight")
+        assert (together.scale, together.energy) == (alone.scale, alone.energy)
+        assert together.energy > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

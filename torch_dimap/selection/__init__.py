@@ -9,7 +9,7 @@ from torch_dimap.selection.threads import Map, threaded_map, thrifty
 from torch_dimap.selection.ties import Held, share_ties
 from torch_dimap.selection.together import find_cuts_together, read_together
 
-__all__ = __all__ = [
+__all__ = [
     "CPU_BLOCK",
     "Blocks",
     "Cut",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from torch_dimap.selection.reading import FlatWeight, ascending, magnitude_of
+from torch_dimap.selection.reading import FlatWeight, ascending
 
 SAMPLE = 1 << 14  # entries of a weight from which its bracket is guessed
 MARGIN = 3.0  # reach of a bracket, in standard deviations of a sampled rank
@@ -45,10 +45,10 @@ def sampled(weight: FlatWeight, wanted: int) -> np.ndarray:
     position, found = 0, [torch.empty(0)]
     for values, chooseable in weight.blocks():
         part = slice(-position % step, None, step)
-        found.append(magnitude_of(values[part], None if chooseable is None else chooseable[part]))
+        magnitude = values[part].abs()
+        found.append(magnitude if chooseable is None else magnitude[chooseable[part]])
         position += values.numel()
-    spread = torch.cat(found[1:] or found)
-    return ascending(spread[spread >= 0])
+    return ascending(torch.cat(found[1:] or found))
 
 
 def sample_of(weight: FlatWeight, magnitude: np.ndarray) -> Sample:

@@ -13,9 +13,8 @@ from torch_dimap.selection.reading import (
     Blocks,
     Scratch,
     block_size,
+    equal,
     larger,
-    magnitude_of,
-    places,
 )
 
 
@@ -37,7 +36,7 @@ def apply_cut(
     for block, out in zip(blocks, outs):
         keep = larger(*block, cut.magnitude, scratch, out)
         if ties:
-            tied = places(magnitude_of(*block, scratch) == cut.magnitude)[:ties]
+            tied = equal(*block, cut.magnitude, scratch)[:ties]
             keep[tied] = True
             ties -= tied.numel()
         yield keep

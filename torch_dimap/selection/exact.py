@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_dimap.selection.reading import Blocks, Scratch, magnitude_of
+from torch_dimap.selection.reading import Blocks, Scratch, magnitude_of, zero_unless_
 from torch_dimap.selection.runs import Runs
 
 BAND = 256  # binary orders of magnitude whose squares float64 holds together
@@ -107,13 +107,15 @@ class _Reciprocals:
 def exact_energy(blocks: Blocks, above: float) -> Fraction:
     """Sum the unscaled squares of all magnitudes greater than ``above``, without rounding."""
     energy, scratch = Fraction(0), Scratch()
-    for block in blocks():
-        inside = torch.threshold_(magnitude_of(*block, scratch), above, 0.0)
+    for values, chooseable in blocks():
+        inside = torch.threshold_(magnitude_of(values, scratch), above, 0.0)
+        if chooseable is not None:
+            zero_unless_(chooseable, inside, scratch)
         if inside.dtype == torch.float64:
             energy += sum_of_squares(inside.cpu().numpy())
         else:
-            wide = scratch.take("wide", inside, torch.float64).copy_(inside).square_()
-            energy += sum(map(_sum, wide.split(IN_CACHE) if wide.is_cpu else [wide]))
+            for part in inside.split(IN_CACHE) if inside.is_cpu else [inside]:
+                energy += _sum(scratch.take("wide", part, torch.float64).copy_(part).square_())
     return energy
 
 

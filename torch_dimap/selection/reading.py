@@ -13,7 +13,8 @@ from torch import Tensor
 
 from torch_dimap.selection.importance import no_rank, unit_scale
 
-CPU_BLOCK = 1 << 18  # entries: magnitude, float64 copy and flags stay in cache
+CPU_BLOCK = 1 << 18  # entries: magnitude and flags stay in cache
+WIDE = 1 << 17  # entries: so does their copy in float64
 FAINT = 2.0**-80  # a sum of squares in float32 under which small ones may have been lost
 DEVICE_BLOCK = 1 << 20  # enough to fill a GPU; larger blocks only widen the error bound
 
@@ -76,7 +77,7 @@ class Reading(NamedTuple):
 
     size: int
     chooseable: int
-    scale: float  # infinite where nothing may go
+    scale: float  # infinite where nothing but zeros may go
     energy: float  # about the sum of squares of scale * weight; NaN or infinite where that is
 
 
@@ -106,7 +107,7 @@ def read_part(blocks: Blocks) -> Reading:
         if allowed is not None:
             chooseable.append(count_true(allowed))
             others.append(_zero_if_finite(weight))
-            weight = magnitude_of(weight, allowed, scratch).clamp_(min=0.0)
+            weight = zero_unless_(allowed, magnitude_of(weight, scratch), scratch)
         energies.append(_about_energy(weight, scale, scratch))
     energy = total(energies) + total(others)
     return Reading(size, int(total(chooseable)) if chooseable else size, found, energy)
@@ -118,10 +119,13 @@ def _scale(blocks: Blocks) -> float:
     for weight, allowed in blocks():
         if weight.dtype != torch.float64:
             return 1.0
+        magnitude = magnitude_of(weight, scratch)
+        if allowed is not None:
+            zero_unless_(allowed, magnitude, scratch)
         if weight.numel():
-            largest.append(magnitude_of(weight, allowed, scratch).max())
-    top = torch.stack(largest).max() if largest else torch.tensor(-1.0)
-    return unit_scale(top).item() if top >= 0 else math.inf
+            largest.append(magnitude.max())
+    top = torch.stack(largest).max() if largest else torch.tensor(0.0)
+    return unit_scale(top).item() if top != 0 else math.inf  # a NaN is found by its energy
 
 
 def _about_energy(values: Tensor, scale: float, scratch: Scratch) -> Tensor | float:
@@ -142,19 +146,16 @@ def _zero_if_finite(weight: Tensor) -> Tensor | float:
     return zero if zero.device.type != "cpu" else float(zero)
 
 
-def magnitude_of(
-    values: Tensor, chooseable: Tensor | None, scratch: Scratch | None = None
-) -> Tensor:
-    """Return the magnitudes of one block, -1 where nothing may be chosen."""
-    scratch = scratch or Scratch()
-    magnitude = torch.abs(values, out=scratch.take("magnitude", values))
-    if chooseable is not None:  # by bits: torch.where is far slower on the CPU
-        bits = magnitude.view(INTEGERS[magnitude.itemsize])
-        keep = scratch.take("keep", bits).copy_(chooseable).neg_()  # all bits, or none
-        bits.bitwise_and_(keep)
-        minus_one = torch.tensor(-1.0, dtype=values.dtype, device="cpu").view(bits.dtype).item()
-        bits.bitwise_or_(keep.bitwise_not_().bitwise_and_(minus_one))
-    return magnitude
+def magnitude_of(values: Tensor, scratch: Scratch) -> Tensor:
+    """Return the magnitudes of one block, in memory that the next block uses again."""
+    return torch.abs(values, out=scratch.take("magnitude", values))
+
+
+def zero_unless_(flags: Tensor, values: Tensor, scratch: Scratch) -> Tensor:
+    """Set to zero what is not flagged, by bits: torch.where is far slower on the CPU."""
+    bits = values.view(INTEGERS[values.itemsize])
+    bits.bitwise_and_(scratch.take("keep", bits).copy_(flags).neg_())  # all bits, or none
+    return values
 
 
 class Found(NamedTuple):
@@ -169,51 +170,74 @@ class Found(NamedTuple):
 def search_between(weight: FlatWeight, limits: tuple[float, float]) -> Iterator[Found]:
     """Read a weight, or the part that is here, for what lies between two magnitudes."""
     (low, high), scratch = limits, Scratch()
-    for block in weight.blocks():
-        magnitude = magnitude_of(*block, scratch)
-        read = magnitude.numel()
-        inside = greater(magnitude, low, scratch.take("inside", magnitude, torch.bool))
+    for values, chooseable in weight.blocks():
+        magnitude, read = magnitude_of(values, scratch), values.numel()
+        inside = scratch.take("inside", magnitude, torch.bool)
+        inside = greater(magnitude, chooseable, low, inside)
         if high == math.inf:
             yield Found(pick(magnitude, inside), 0.0, 0.0, read)
             continue
-        over = greater(magnitude, high, scratch.take("over", magnitude, torch.bool))
+        over = scratch.take("over", magnitude, torch.bool)
+        over = greater(magnitude, chooseable, high, over)
         found = pick(magnitude, inside.logical_xor_(over))
-        magnitude = torch.threshold_(magnitude, high, 0.0)
+        if chooseable is None:
+            torch.threshold_(magnitude, high, 0.0)
+        else:
+            zero_unless_(over, magnitude, scratch)
         yield Found(found, count_true(over), _energy(magnitude, weight.scale, scratch), read)
 
 
 def _energy(values: Tensor, scale: float, scratch: Scratch) -> Tensor | float:
     """Sum the scaled squares of one block, in float64."""
+    if values.device.type != "cpu":
+        return _norm(values, scale, scratch).square()
+    return math.fsum(_norm(x, scale, scratch).item() ** 2 for x in values.split(WIDE))
+
+
+def _norm(values: Tensor, scale: float, scratch: Scratch) -> Tensor:
     wide = scratch.take("wide", values, torch.float64).copy_(values)
     if scale != 1.0:
         wide.mul_(scale)
-    norm = torch.linalg.vector_norm(wide)  # NumPy's products keep Python's lock meanwhile
-    return norm * norm if norm.device.type != "cpu" else norm.item() ** 2
+    return torch.linalg.vector_norm(wide)  # NumPy's products keep Python's lock meanwhile
 
 
 def larger(
     values: Tensor, chooseable: Tensor | None, than: float, scratch: Scratch, out: Tensor | None
 ) -> Tensor:
     """Compare the magnitudes of one block with a number, False where nothing may be chosen."""
-    if chooseable is not None or values.device.type != "cpu" or values.itemsize == 2:
-        return greater(magnitude_of(values, chooseable, scratch), than, out)
+    if values.device.type != "cpu" or values.itemsize == 2:
+        return greater(magnitude_of(values, scratch), chooseable, than, out)
     # Both signs at once: two comparisons take less time than one that waits for magnitudes.
-    above = greater(values, than, out)
+    above = greater(values, None, than, out)
     below = np.less(values.numpy(), -than, out=scratch.take("below", above).numpy())
     np.logical_or(above.numpy(), below, out=above.numpy())
-    return above
+    return _among(chooseable, above)
 
 
-def greater(magnitude: Tensor, than: float, out: Tensor | None = None) -> Tensor:
+def greater(
+    magnitude: Tensor, chooseable: Tensor | None, than: float, out: Tensor | None = None
+) -> Tensor:
     """Compare one block with a number of its dtype; on the CPU NumPy is far ahead of torch."""
     if magnitude.device.type != "cpu":
-        return torch.gt(magnitude, than, out=out)
+        return _among(chooseable, torch.gt(magnitude, than, out=out))
     numbers, bound = magnitude, than
     if magnitude.itemsize == 2:  # NumPy would be slow or has no such type: the bits order alike
         numbers = magnitude.view(torch.int16)
         bound = torch.tensor(than, dtype=magnitude.dtype, device="cpu").view(torch.int16).item()
     flags = np.greater(numbers.numpy(), bound, out=None if out is None else out.numpy())
-    return torch.from_numpy(flags)
+    return _among(chooseable, torch.from_numpy(flags))
+
+
+def equal(
+    values: Tensor, chooseable: Tensor | None, magnitude: float, scratch: Scratch
+) -> Tensor:
+    """Return the places in one block of the chooseable entries that have a magnitude."""
+    return places(_among(chooseable, magnitude_of(values, scratch) == magnitude))
+
+
+def _among(chooseable: Tensor | None, flags: Tensor) -> Tensor:
+    """Take flags away where nothing may be chosen."""
+    return flags if chooseable is None else flags.logical_and_(chooseable)
 
 
 def count_true(flags: Tensor) -> Tensor | float:

@@ -9,7 +9,7 @@ import numpy as np
 
 from torch_dimap.selection.cuts import Cut
 from torch_dimap.selection.exchange import Exchange
-from torch_dimap.selection.reading import Blocks, Scratch, magnitude_of, places
+from torch_dimap.selection.reading import Blocks, Scratch, equal
 
 PIVOTS = 15  # places at which the equal entries before them are counted
 
@@ -61,7 +61,7 @@ def _equal(held: Held, magnitude: float) -> np.ndarray:
     """Return where in the whole weight the entries here lie that have a magnitude."""
     found, start, scratch = [np.empty(0, np.int64)], 0, Scratch()
     for block in held.blocks():
-        found.append(places(magnitude_of(*block, scratch) == magnitude).cpu().numpy() + start)
+        found.append(equal(*block, magnitude, scratch).cpu().numpy() + start)
         start += block[0].numel()
     return held.positions.of(np.concatenate(found))
 
