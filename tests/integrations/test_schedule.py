@@ -161,6 +161,39 @@ def test_a_state_is_plain_and_of_the_same_settings_only(tmp_path):
         PruningSchedule(grouped(net()), 0.6, end=4, every=2).load_state_dict(state)
 
 
+def test_a_resumed_schedule_wants_a_model_with_masks():
+    first = net()
+    schedule = PruningSchedule(grouped(first), 0.5)
+    schedule.step(0)
+    state, weights = schedule.state_dict(), first.state_dict()
+    second = net()
+    resumed = PruningSchedule(grouped(second), 0.5)
+    resumed.load_state_dict(state)  # all rounds are done: nothing would ever be pruned
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="masks of 1 rounds, found none: load the model"):
+            resumed.step(1)
+    second.load_state_dict(weights)
+    assert resumed.step(1) is None and resumed.density == 0.5
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_units_that_cannot_go_are_refused_at_once(masked):
+    model = make_swin()
+    if masked:
+        PruningSchedule(group_units(model), {"heads": 0.5, "neurons": 0.5}).step(0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    units = group_units(model)
+    heads, layers = sum(layer.units for layer in units["heads"]), len(units["heads"])
+    most = heads - layers
+    with pytest.raises(ValueError, match=rf"of 'heads' at most {most} of {heads} .* {most + 1}:"):
+        PruningSchedule(units, {"heads": most + 1, "neurons": 0.5}, end=9)
+    assert before.keys() == model.state_dict().keys()
+    schedule = PruningSchedule(units, {"heads": most, "neurons": 0.5}, end=9)
+    for step in range(10):
+        schedule.step(step)
+    assert sum(int(layer.unmasked().sum()) for layer in units["heads"]) == layers
+
+
 def test_other_rankings_serve_too():
     model, reference = net(), net()
     PruningSchedule(grouped(model), 0.5, pruning_method=prune.L1Unstructured).step(0)

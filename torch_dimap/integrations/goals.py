@@ -16,8 +16,9 @@ from torch_dimap.masking import (
     global_module_aware_unstructured,
     unpruned_by_group,
 )
-from torch_dimap.units import UnitLayer, global_module_aware_structured
+from torch_dimap.units import UnitLayer, global_module_aware_structured, plan_units
 
+MINIMUM, MULTIPLE = 1, 16  # units of a layer that stay, and what neurons stay in multiples of
 Prunable = Parameters | Mapping[str, Iterable[UnitLayer]] | Iterable[UnitLayer]
 
 
@@ -29,6 +30,9 @@ class Weights(NamedTuple):
 
     def sizes(self) -> dict[str, int]:
         return {g: sum(x.parameter.numel() for x in own) for g, own in self.groups.items()}
+
+    def most(self, caller: str) -> dict[str, int]:
+        return self.sizes()
 
     def left(self) -> dict[str, int]:
         return unpruned_by_group(self.groups, "PruningSchedule")
@@ -50,6 +54,11 @@ class Units(NamedTuple):
     def sizes(self) -> dict[str, int]:
         return {g: sum(layer.units for layer in own) for g, own in self.groups.items()}
 
+    def most(self, caller: str) -> dict[str, int]:
+        plan = plan_units(self.groups, None, MINIMUM, MULTIPLE, self.method, caller)
+        left = plan.unmasked
+        return {g: n - left[g] + plan.most[g] for g, n in self.sizes().items()}
+
     def left(self) -> dict[str, int]:
         return {
             g: sum(int(layer.unmasked().count_nonzero()) for layer in own)
@@ -60,7 +69,9 @@ class Units(NamedTuple):
         return (layer.read.mask for own in self.groups.values() for layer in own)
 
     def prune(self, counts: Mapping[str, int]) -> dict[str, float]:
-        done = global_module_aware_structured(self.groups, counts, pruning_method=self.method)
+        done = global_module_aware_structured(
+            self.groups, counts, None, MINIMUM, MULTIPLE, self.method
+        )
         return {group: kept.threshold for group, kept in done.items()}
 
 

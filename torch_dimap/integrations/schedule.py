@@ -62,7 +62,8 @@ class PruningSchedule:
 
     Raises:
         TypeError, ValueError: for steps that are no whole numbers or out of order, an
-            unknown curve, and as the pruning calls for the rest.
+            unknown curve, more units than can go while each layer keeps one, and as the
+            pruning calls for the rest.
 
     Source: Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878, Eq. 1, whose first
     step, at which nothing goes, lies one interval before ``begin``.
@@ -103,9 +104,16 @@ class PruningSchedule:
         self._sizes = self._what.sizes()
         amounts = amounts_by_group(amount, self._sizes, f"{caller}: amount")
         self.goals = {g: count_to_prune(amounts[g], n, caller) for g, n in self._sizes.items()}
+        for group, most in self._what.most(caller).items():
+            if self.goals[group] > most:
+                raise ValueError(
+                    f"{caller}: amount must leave every layer a unit: of {group!r} at most {most} "
+                    f"of {self._sizes[group]} can go, found {self.goals[group]}: lower it."
+                )
         self.steps = range(begin, end + 1, every)
         self.curve = curve
         self.rounds_done = 0
+        self._resumed = False
         if any(mask is None for mask in self._what.masks()):
             self._what.prune(dict.fromkeys(self._sizes, 0))
 
@@ -133,8 +141,11 @@ class PruningSchedule:
             Group -> threshold, the highest score that went, after a round; else None.
 
         Raises:
-            RuntimeError: if processes come to different masks.
+            RuntimeError: if processes come to different masks; if :meth:`load_state_dict`
+                tells of rounds and the model, whose own state was not loaded, has no masks.
         """
+        if self._resumed:
+            self._check_masks()
         rounds = self.rounds_before(n + 1) if self._is_due(n) else 0
         if rounds <= self.rounds_done:
             return None
@@ -165,10 +176,21 @@ class PruningSchedule:
                 "with the same arguments, or start without its old state."
             )
         self.rounds_done = state_dict["rounds_done"]
+        self._resumed = True
 
     def _is_due(self, n: int) -> bool:
         """Tell cheaply whether the next round's step has come."""
         return self.rounds_done < len(self.steps) and n >= self.steps[self.rounds_done]
+
+    def _check_masks(self) -> None:
+        """See that the model has been loaded, too, before or after the schedule."""
+        if self.density == 1.0 and any(self.gone_after(self.rounds_done).values()):
+            raise RuntimeError(
+                "PruningSchedule.step(): after load_state_dict() the model must have the masks of "
+                f"{self.rounds_done} rounds, found none: load the model's own state, too, before "
+                "the next step."
+            )
+        self._resumed = False
 
     def _settings(self) -> dict[str, Any]:
         return {
