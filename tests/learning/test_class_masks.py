@@ -97,6 +97,15 @@ def test_soft_labels_take_the_mixture_of_rows(make, images):
         torch.testing.assert_close(model(images), mixed, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_may_be_of_any_integer_type(dtype, swin, images):
+    with random_masks(swin.eval()) as masks:
+        with masks.labels(LABELS):
+            expected = swin(images)
+        with masks.labels(LABELS.to(dtype)):
+            assert torch.equal(swin(images), expected)
+
+
 def test_one_hot_labels_are_hard_labels(swin, images):
     with random_masks(swin.eval()) as masks:
         with masks.labels(LABELS):

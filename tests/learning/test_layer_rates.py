@@ -234,6 +234,14 @@ def test_harden_after_remove_says_so(swin):
         rates.harden()
 
 
+def test_rates_that_have_diverged_mask_nothing(swin):
+    rates = make_rates(swin)
+    rates.logits.data[0] = float("nan")
+    with pytest.raises(ValueError, match="LayerRates: .* found NaN: the training has diverged"):
+        rates.harden()
+    assert not any(name.endswith("_mask") for name in swin.state_dict())
+
+
 def test_layer_rates_refuses(swin):
     units = torch_dimap.group_units(swin)
     scores, held = scores_of(units), HeldCost(0.5)

@@ -253,6 +253,17 @@ def test_a_search_that_has_ended_says_so():
     assert search.remove() is search.model
 
 
+def test_gates_that_have_diverged_decide_nothing():
+    model = small_vit()
+    search = SinglePathSearch(model, 0.6, steps=9)
+    names = list(model.state_dict())
+    search.gates()[1].data[3] = float("nan")
+    for call in (search.choices, search.finish, search.update):
+        with pytest.raises(ValueError, match="numbers to decide by, found NaN: .* has diverged"):
+            call()
+    assert search.done == 0 and list(model.state_dict()) == names
+
+
 def test_a_search_compiles_trains_in_bfloat16_and_with_checkpoints():
     torch.manual_seed(0)
     model = small_vit()

@@ -187,7 +187,9 @@ class ClassMasks(Attached):
 
         def rows() -> Tensor:
             mask, labels = self.masks[i], _present(self._labels)
-            return labels.to(mask.dtype) @ mask if labels.dim() == 2 else F.embedding(labels, mask)
+            if labels.dim() == 2:
+                return labels.to(mask.dtype) @ mask
+            return F.embedding(labels.long(), mask)  # data sets keep classes in bytes, too
 
         return rows
 

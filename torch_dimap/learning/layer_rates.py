@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from torch_dimap.learning.attached import Attached
-from torch_dimap.learning.gates import Units, gated, refuse_idle, straight_through
+from torch_dimap.learning.gates import (
+    Units,
+    gated,
+    refuse_diverged,
+    refuse_idle,
+    straight_through,
+)
 from torch_dimap.learning.held_cost import HeldCost, stands_still
 from torch_dimap.learning.percentiles import (
     KeptShare,
@@ -177,6 +183,7 @@ class LayerRates(Attached):
             each layer keeps.
 
         Raises:
+            ValueError: if rates have become NaN.
             RuntimeError: if the gates have been taken from the model already.
         """
         caller = "LayerRates.harden()"
@@ -198,6 +205,7 @@ class LayerRates(Attached):
 
     def _keeps(self) -> list[Tensor]:
         """Return for each layer one flag per unit, on the CPU."""
+        refuse_diverged([self.logits], "LayerRates")
         return [
             keep_above(own, rate, self.costs.minimum)
             for own, rate in zip(

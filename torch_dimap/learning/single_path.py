@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_dimap.families import original_class, slim_class
+from torch_dimap.learning.gates import refuse_diverged
 from torch_dimap.learning.held_cost import HeldCost
 from torch_dimap.learning.single_path_attention import (
     SinglePathAttention,
@@ -167,7 +168,13 @@ class SinglePathSearch:
         return self._held.penalty(share).float()
 
     def update(self) -> None:
-        """Tell that a step is done: the multiplier moves where the target is missed."""
+        """Tell that a step is done: the multiplier moves where the target is missed.
+
+        Raises:
+            ValueError: if gates have become NaN.
+            RuntimeError: after :meth:`finish` or :meth:`remove`.
+        """
+        refuse_diverged(self.gates(), "SinglePathSearch.update()")
         with torch.no_grad():
             share = float(self.share())
         self._aim()
@@ -192,9 +199,11 @@ class SinglePathSearch:
         """Return what the gates have decided so far.
 
         Raises:
+            ValueError: if gates have become NaN.
             RuntimeError: after :meth:`finish` or :meth:`remove`.
         """
         self._check_running()
+        refuse_diverged(self.gates(), "SinglePathSearch.choices()")
         operations = {name: x.decision() for name, x in self._attentions.items()}
         neurons = {
             name: (getattr(layer.reader, GATES).detach() > 0).cpu()
