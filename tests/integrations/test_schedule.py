@@ -170,7 +170,7 @@ def test_a_resumed_schedule_wants_a_model_with_masks():
     resumed = PruningSchedule(grouped(second), 0.5)
     resumed.load_state_dict(state)  # all rounds are done: nothing would ever be pruned
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="masks of 1 rounds, found none: load the model"):
+        with pytest.raises(RuntimeError, match="masks of .* before, 1, found none: load the model"):
             resumed.step(1)
     second.load_state_dict(weights)
     assert resumed.step(1) is None and resumed.density == 0.5

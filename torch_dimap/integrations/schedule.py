@@ -131,6 +131,10 @@ class PruningSchedule:
         """The fraction of weights or units that the masks keep now."""
         return sum(self._what.left().values()) / max(1, sum(self._sizes.values()))
 
+    def lacks_masks(self) -> bool:
+        """Tell whether nothing is masked, though it should be after the rounds so far."""
+        return self.density == 1.0 and any(self.gone_after(self.rounds_done).values())
+
     def step(self, n: int) -> dict[str, float] | None:
         """Prune if a round is due at step ``n`` or was since the last call.
 
@@ -144,8 +148,13 @@ class PruningSchedule:
             RuntimeError: if processes come to different masks; if :meth:`load_state_dict`
                 tells of rounds and the model, whose own state was not loaded, has no masks.
         """
-        if self._resumed:
-            self._check_masks()
+        if self._resumed and self.lacks_masks():
+            raise RuntimeError(
+                "PruningSchedule.step(): after load_state_dict() the model must have the masks of "
+                f"the rounds before, {self.rounds_done}, found none: load the model's own state, "
+                "too, before the next step."
+            )
+        self._resumed = False
         rounds = self.rounds_before(n + 1) if self._is_due(n) else 0
         if rounds <= self.rounds_done:
             return None
@@ -181,16 +190,6 @@ class PruningSchedule:
     def _is_due(self, n: int) -> bool:
         """Tell cheaply whether the next round's step has come."""
         return self.rounds_done < len(self.steps) and n >= self.steps[self.rounds_done]
-
-    def _check_masks(self) -> None:
-        """See that the model has been loaded, too, before or after the schedule."""
-        if self.density == 1.0 and any(self.gone_after(self.rounds_done).values()):
-            raise RuntimeError(
-                "PruningSchedule.step(): after load_state_dict() the model must have the masks of "
-                f"{self.rounds_done} rounds, found none: load the model's own state, too, before "
-                "the next step."
-            )
-        self._resumed = False
 
     def _settings(self) -> dict[str, Any]:
         return {

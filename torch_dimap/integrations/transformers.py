@@ -75,7 +75,7 @@ class PruningCallback(TrainerCallback):
         """See that a run that resumes has the masks of the rounds before."""
         schedule = self._ready()
         schedule.rounds_done = schedule.rounds_before(state.global_step)
-        if schedule.density == 1.0 and any(schedule.gone_after(schedule.rounds_done).values()):
+        if schedule.lacks_masks():
             raise RuntimeError(
                 f"PruningCallback: a run that resumes at step {state.global_step} must have masks, "
                 "found none: Trainer passes over weights that it cannot place; call "

@@ -128,6 +128,8 @@ class ClassMasks(Attached):
         if self._undo is None:
             raise RuntimeError(f"{caller}: the masks are removed from the model: make new ones.")
         check_labels(labels, self.num_classes, caller)
+        if not labels.is_floating_point():
+            labels = labels.long()  # data sets keep classes in bytes, too
         before, self._labels = self._labels, labels.to(self.masks[0].device)
         try:
             yield
@@ -187,9 +189,7 @@ class ClassMasks(Attached):
 
         def rows() -> Tensor:
             mask, labels = self.masks[i], _present(self._labels)
-            if labels.dim() == 2:
-                return labels.to(mask.dtype) @ mask
-            return F.embedding(labels.long(), mask)  # data sets keep classes in bytes, too
+            return labels.to(mask.dtype) @ mask if labels.dim() == 2 else F.embedding(labels, mask)
 
         return rows
 

@@ -125,7 +125,8 @@ def refuse_idle(layers: Iterable[UnitLayer], applied: set[UnitLayer], caller: st
 
 def refuse_diverged(logits: Iterable[Tensor], caller: str) -> None:
     """Refuse to decide by NaN, which every comparison takes for a unit that goes."""
-    if any(bool(x.detach().isnan().any()) for x in logits):
+    found = [x.detach().isnan().any() for x in logits]
+    if found and bool(torch.stack(found).any()):  # told once: a GPU is waited for each time
         raise ValueError(
             f"{caller}: what was learned must be numbers to decide by, found NaN: the training has "
             "diverged; go on from an earlier state, with a lower learning rate."

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_dimap.selection.reading import Blocks, Scratch, magnitude_of, zero_unless_
+from torch_dimap.selection.reading import Blocks, Scratch, magnitude_of
 from torch_dimap.selection.runs import Runs
 
 BAND = 256  # binary orders of magnitude whose squares float64 holds together
@@ -108,9 +108,7 @@ def exact_energy(blocks: Blocks, above: float) -> Fraction:
     """Sum the unscaled squares of all magnitudes greater than ``above``, without rounding."""
     energy, scratch = Fraction(0), Scratch()
     for values, chooseable in blocks():
-        inside = torch.threshold_(magnitude_of(values, scratch), above, 0.0)
-        if chooseable is not None:
-            zero_unless_(chooseable, inside, scratch)
+        inside = torch.threshold_(magnitude_of(values, scratch, chooseable), above, 0.0)
         if inside.dtype == torch.float64:
             energy += sum_of_squares(inside.cpu().numpy())
         else:

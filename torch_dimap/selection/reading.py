@@ -107,7 +107,7 @@ def read_part(blocks: Blocks) -> Reading:
         if allowed is not None:
             chooseable.append(count_true(allowed))
             others.append(_zero_if_finite(weight))
-            weight = zero_unless_(allowed, magnitude_of(weight, scratch), scratch)
+            weight = magnitude_of(weight, scratch, allowed)
         energies.append(_about_energy(weight, scale, scratch))
     energy = total(energies) + total(others)
     return Reading(size, int(total(chooseable)) if chooseable else size, found, energy)
@@ -119,11 +119,8 @@ def _scale(blocks: Blocks) -> float:
     for weight, allowed in blocks():
         if weight.dtype != torch.float64:
             return 1.0
-        magnitude = magnitude_of(weight, scratch)
-        if allowed is not None:
-            zero_unless_(allowed, magnitude, scratch)
         if weight.numel():
-            largest.append(magnitude.max())
+            largest.append(magnitude_of(weight, scratch, allowed).max())
     top = torch.stack(largest).max() if largest else torch.tensor(0.0)
     return unit_scale(top).item() if top != 0 else math.inf  # a NaN is found by its energy
 
@@ -146,16 +143,21 @@ def _zero_if_finite(weight: Tensor) -> Tensor | float:
     return zero if zero.device.type != "cpu" else float(zero)
 
 
-def magnitude_of(values: Tensor, scratch: Scratch) -> Tensor:
-    """Return the magnitudes of one block, in memory that the next block uses again."""
-    return torch.abs(values, out=scratch.take("magnitude", values))
+def magnitude_of(values: Tensor, scratch: Scratch, chooseable: Tensor | None = None) -> Tensor:
+    """Return the magnitudes of one block, 0 where nothing may be chosen.
+
+    The memory is used again for the next block.
+    """
+    magnitude = torch.abs(values, out=scratch.take("magnitude", values))
+    if chooseable is not None:
+        _zero_unless(chooseable, magnitude, scratch)
+    return magnitude
 
 
-def zero_unless_(flags: Tensor, values: Tensor, scratch: Scratch) -> Tensor:
+def _zero_unless(flags: Tensor, values: Tensor, scratch: Scratch) -> None:
     """Set to zero what is not flagged, by bits: torch.where is far slower on the CPU."""
     bits = values.view(INTEGERS[values.itemsize])
     bits.bitwise_and_(scratch.take("keep", bits).copy_(flags).neg_())  # all bits, or none
-    return values
 
 
 class Found(NamedTuple):
@@ -183,7 +185,7 @@ def search_between(weight: FlatWeight, limits: tuple[float, float]) -> Iterator[
         if chooseable is None:
             torch.threshold_(magnitude, high, 0.0)
         else:
-            zero_unless_(over, magnitude, scratch)
+            _zero_unless(over, magnitude, scratch)
         yield Found(found, count_true(over), _energy(magnitude, weight.scale, scratch), read)
 
 
